@@ -1,0 +1,1 @@
+"""ONNX and TensorRT export of the modules the runtime runs."""

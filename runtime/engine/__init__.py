@@ -1,0 +1,1 @@
+"""Schedules requests over the two halves of a model."""

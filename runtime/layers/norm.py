@@ -1,0 +1,37 @@
+"""Normalisation layers that call the kernels."""
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.norm import layer_norm, rms_norm
+from ..config import NormType
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dim; fp32 statistics."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dim; fp32 statistics."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(kind: NormType, size: int, eps: float) -> RMSNorm | LayerNorm:
+    """The block norm that an InternViT's config asks for."""
+    return RMSNorm(size, eps) if kind == "rms_norm" else LayerNorm(size, eps)

@@ -1,0 +1,1 @@
+"""InternViT, the decoder, and InternVL-Chat made of both."""
