@@ -37,7 +37,7 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, context_lens: Te
     kv_heads, context = k.shape[1], k.shape[2]
     group = heads // kv_heads
     if tokens == 1:
-        # The queries of one KV head attend as if they were several queries of it: keys are read once, not `group` times.
+        # All queries of a KV head attend as its own several queries: keys are read once, not `group` times.
         mask = None if context_lens is None else _visible_keys(context_lens, 1, context, q.device)
         grouped = q.reshape(batch, kv_heads, group, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(batch, 1, heads, head_dim)
@@ -53,6 +53,6 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, context_lens: Te
 
 
 def _visible_keys(context_lens: Tensor, tokens: int, context: int, device: torch.device) -> Tensor:
-    """(batch, 1, tokens, context) bool: query t of a row sits at context_len - tokens + t and sees keys up to itself."""
+    """(batch, 1, tokens, context) bool: query t of a row sits at context_len - tokens + t, sees keys up to itself."""
     last_key = context_lens[:, None] - tokens + torch.arange(tokens, device=device)
     return (torch.arange(context, device=device) <= last_key[:, :, None])[:, None]

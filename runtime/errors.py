@@ -21,5 +21,5 @@ class UnsupportedError(VitrailError):
     """Something that this model, device or installation does not offer."""
 
 
-class CapacityError(VitrailError):
+class CapacityError(InvalidRequestError):
     """A request that can never fit the configured limits."""

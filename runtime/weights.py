@@ -110,10 +110,12 @@ def _decoder_map(config: DecoderConfig) -> dict[str, Slot]:
     kv_rows = config.num_key_value_heads * config.head_dim
     qkv_rows = q_rows + 2 * kv_rows
 
-    def projection(key: str, rows: int, columns: int, target: str, bias: bool, **place: int) -> dict[str, Slot]:
-        slots = {f"{key}.weight": Slot((rows, columns), f"{target}.weight", **place)}
+    def projection(
+        key: str, rows: int, columns: int, target: str, bias: bool, start: int = 0, kv_groups: int = 0
+    ) -> dict[str, Slot]:
+        slots = {f"{key}.weight": Slot((rows, columns), f"{target}.weight", start, kv_groups)}
         if bias:
-            slots[f"{key}.bias"] = Slot((rows,), f"{target}.bias", **place)
+            slots[f"{key}.bias"] = Slot((rows,), f"{target}.bias", start, kv_groups)
         return slots
 
     def separate_qkv(prefix: str) -> dict[str, Slot]:
@@ -129,9 +131,7 @@ def _decoder_map(config: DecoderConfig) -> dict[str, Slot]:
         top = ("model.tok_embeddings.weight", "model.norm.weight", "output.weight")
         norms = ("attention_norm", "ffn_norm")
         groups = config.num_key_value_heads
-        layer |= projection(
-            "attention.wqkv", qkv_rows, hidden, "attention.qkv", config.qkv_bias, kv_groups=groups
-        )
+        layer |= projection("attention.wqkv", qkv_rows, hidden, "attention.qkv", config.qkv_bias, kv_groups=groups)
         layer |= projection("attention.wo", hidden, q_rows, "attention.o", config.output_bias)
         gate, up, down = "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"
     else:
@@ -194,7 +194,8 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(f"{name}: no local folder and no such model on the hub ({type(error).__name__})") from None
+        reason = type(error).__name__
+        raise CheckpointError(f"{name}: no local folder and no such model on the hub ({reason})") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{name}: no local folder {path.absolute()}, not in the hub cache {HF_HUB_CACHE}, "
@@ -308,7 +309,8 @@ def _check_headers(shards: list[Path], config: InternVLConfig) -> None:
     unexpected: list[str] = []
     for shard in shards:
         with _open_safetensors(shard) as file:
-            for name in file.keys():
+            names: list[str] = file.keys()
+            for name in names:
                 slot = slots.get(name)
                 if slot is None:
                     if not name.endswith("rotary_emb.inv_freq"):
@@ -333,7 +335,8 @@ def _read_shards(shards: list[Path], progress: bool | None) -> Iterator[tuple[st
     for shard in bar:
         if shard.suffix == ".safetensors":
             with _open_safetensors(shard) as file:
-                for name in file.keys():
+                names: list[str] = file.keys()
+                for name in names:
                     yield name, file.get_tensor(name)
         else:
             yield from _read_pickled(shard).items()

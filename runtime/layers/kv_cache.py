@@ -27,21 +27,27 @@ class KVCache:
     def length(self) -> int:
         return self.keys.shape[3]
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`."""
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
+
+    def copy_from(self, other: "KVCache", rows: int) -> None:
+        """Take over the first `rows` rows of a smaller cache."""
+        length = min(self.length, other.length)
+        self.keys[:, :rows, :, :length] = other.keys[:, :rows, :, :length]
+        self.values[:, :rows, :, :length] = other.values[:, :rows, :, :length]
 
 
 class KVSlice:
     """The part of a `KVCache` that one forward pass writes and reads: rows, new positions and context lengths.
 
-    rows: first row and number of rows. positions: (rows, tokens) int64 where new tokens go.
+    positions: (rows, tokens) int64 where the new tokens of rows `first_row..` go.
     context: longest context after this pass; context_lens: (rows,) int64, or None if all rows have `context` tokens.
     """
 
     def __init__(
-        self, cache: KVCache, first_row: int, positions: Tensor, context: int, context_lens: Tensor | None
+        self, cache: KVCache, first_row: int, positions: Tensor, context: int, context_lens: Tensor | None = None
     ) -> None:
         if context > cache.length:
             raise ValueError(f"kv cache: context {context} exceeds the {cache.length} tokens allocated")

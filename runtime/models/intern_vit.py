@@ -104,6 +104,14 @@ class Block(nn.Module):
         return scaled_residual(x, self.mlp(self.norm2(x)), self.ls2)
 
 
+class Encoder(nn.Module):
+    """The blocks, one level below the model as checkpoints name them."""
+
+    def __init__(self, config: VisionConfig, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(config) for _ in range(depth)])
+
+
 class InternViT(nn.Module):
     """The vision encoder. `depth` blocks are built; the default is all of them."""
 
@@ -112,12 +120,12 @@ class InternViT(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         depth = config.num_hidden_layers if depth is None else depth
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([Block(config) for _ in range(depth)])})
+        self.encoder = Encoder(config, depth)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Output of the last block. tiles: (n, height, width, 3) uint8. Returns (n, 1 + patches, hidden)."""
         x = self.embeddings(tiles)
-        for block in self.encoder["layers"]:
+        for block in self.encoder.layers:
             x = block(x)
         return x
 
@@ -125,7 +133,7 @@ class InternViT(nn.Module):
         """Outputs of the blocks asked for, 1-based; 0 is the embeddings. Stops after the deepest one."""
         x = self.embeddings(tiles)
         states = {0: x}
-        for index, block in enumerate(self.encoder["layers"][: max(layers)], start=1):
+        for index, block in enumerate(self.encoder.layers[: max(layers)], start=1):
             x = block(x)
             states[index] = x
         return {layer: states[layer] for layer in layers}

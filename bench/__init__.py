@@ -1,0 +1,1 @@
+"""FPS and latency scripts."""

@@ -1,0 +1,576 @@
+"""`Runtime`, one loaded model and the calls users make on it, and `generate` for those who want a single line."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self, overload
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import load_config
+from .engine.engine import Engine, Request
+from .engine.processor import Conversation, Picture, Prepared, Processor
+from .errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
+from .image import ImageLimits, ImageSource
+from .messages import conversation_of
+from .models.internvl import InternVLModel
+from .prompt import place_images, stop_tokens
+from .request import (
+    Completion,
+    GenerationConfig,
+    GenerationOutput,
+    RequestFailure,
+    StreamDelta,
+    Usage,
+    VisionFeatures,
+    VisualTokens,
+)
+from .tokenizer import Tokenizer, load_tokenizer
+from .video import sample_frames
+from .weights import load_model, resolve_checkpoint
+
+Images = ImageSource | Sequence[ImageSource] | None
+VideoSource = str | Path | bytes
+History = Sequence[tuple[str, str]]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CALL_KEYWORDS = ("images", "video", "history", "system", "generation_config", "use_tqdm", "request_id")
+_FRAMES_PER_VIDEO = 8
+
+
+class Runtime:
+    """A loaded InternVL-Chat model. Make one with `from_pretrained`; use it as a context manager, or `close` it.
+
+    Calls may come from several threads; requests in flight together share batches.
+    """
+
+    def __init__(
+        self,
+        model: InternVLModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "model",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        gpu_memory_utilization: float = 0.9,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
+        image_limits: ImageLimits | None = None,
+        allowed_local_media_path: str | Path | None = None,
+        load_ms: float = 0.0,
+    ) -> None:
+        config = model.config
+        longest = config.llm.max_position_embeddings
+        scaling = config.llm.rope_scaling
+        if scaling is not None and scaling.rope_type == "dynamic":
+            longest = int(longest * scaling.factor)
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.load_ms = load_ms
+        self.max_model_len = _at_least_one("max_model_len", longest if max_model_len is None else max_model_len)
+        if self.max_model_len > longest:
+            raise ConfigError(f"max_model_len {max_model_len} exceeds the {longest} positions of {name}")
+        self.limits = image_limits or ImageLimits()
+        self.media_path = None if allowed_local_media_path is None else Path(allowed_local_media_path)
+        self.processor = Processor(
+            config,
+            tokenizer,
+            limits=self.limits,
+            max_images=dict(limit_mm_per_prompt or {}).get("image", 64),
+            max_model_len=self.max_model_len,
+        )
+        self.engine = Engine(
+            model,
+            tokenizer,
+            context_token_id=_control_id(tokenizer, "<IMG_CONTEXT>"),
+            stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(self.processor.template)),
+            max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
+            max_model_len=self.max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "nano",
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "bfloat16",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        vision_quantization: str | None = None,
+        vision_backend: str = "torch",
+        vision_devices: Sequence[str] | None = None,
+        llm_devices: Sequence[str] | None = None,
+        placement: str = "auto",
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 8192,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool = True,
+        vision_cache_gb: float = 1.0,
+        enforce_eager: bool = False,
+        deterministic: bool = False,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
+        max_image_pixels: int = 178_956_970,
+        max_aspect_ratio: float = 200,
+        exif_orientation: bool = True,
+        allowed_media_domains: Sequence[str] = (),
+        allowed_local_media_path: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Load a local folder, a hub id or the bundled `"nano"`.
+
+        device: "cpu", "cuda", "cuda:1"; None is the best present. dtype: "bfloat16", "float16" or "float32".
+        max_model_len: tokens of a prompt and its answer; None is what the checkpoint was made for.
+        max_num_batched_tokens, enable_prefix_caching, vision_cache_gb and enforce_eager change no answer and have no
+        effect yet. Options that would change what runs and are not available yet raise `UnsupportedError`.
+        progress: show a loading bar; None means on a terminal only.
+        Raises `CheckpointError` or `ConfigError` where the checkpoint is missing or wrong.
+        """
+        _refuse_unavailable(
+            quantization=(quantization, None),
+            vision_quantization=(vision_quantization, None),
+            vision_backend=(vision_backend, "torch"),
+            vision_devices=(vision_devices, None),
+            llm_devices=(llm_devices, None),
+            placement=(placement, "auto"),
+            tensor_parallel_size=(tensor_parallel_size, 1),
+            kv_cache_dtype=(kv_cache_dtype, "auto"),
+            deterministic=(deterministic, False),
+            allowed_media_domains=(tuple(allowed_media_domains), ()),
+        )
+        start = perf_counter()
+        torch_dtype, torch_device = _dtype(dtype), _device(device)
+        folder = resolve_checkpoint(model, revision)
+        config = load_config(folder)
+        tokenizer = load_tokenizer(folder)
+        # The template is checked before weights are read: an unknown one should not cost minutes of loading.
+        Processor(config, tokenizer, limits=ImageLimits(), max_images=1, max_model_len=1)
+        loaded = load_model(folder, config, dtype=torch_dtype, device=torch_device, progress=progress)
+        return cls(
+            loaded,
+            tokenizer,
+            name=str(model),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=gpu_memory_utilization,
+            limit_mm_per_prompt=limit_mm_per_prompt,
+            image_limits=ImageLimits(max_image_pixels, max_aspect_ratio, exif_orientation),
+            allowed_local_media_path=allowed_local_media_path,
+            load_ms=(perf_counter() - start) * 1e3,
+        )
+
+    # --- generation ---
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Images = None,
+        *,
+        video: VideoSource | None = None,
+        history: History | None = None,
+        system: str | None = None,
+        generation_config: GenerationConfig | None = None,
+        use_tqdm: bool = False,
+        **gen_kwargs: Any,
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str],
+        images: Sequence[Images] | None = None,
+        *,
+        video: VideoSource | None = None,
+        history: History | None = None,
+        system: str | None = None,
+        generation_config: GenerationConfig | None = None,
+        use_tqdm: bool = False,
+        **gen_kwargs: Any,
+    ) -> list[GenerationOutput]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        images: Any = None,
+        *,
+        video: VideoSource | None = None,
+        history: History | None = None,
+        system: str | None = None,
+        generation_config: GenerationConfig | None = None,
+        use_tqdm: bool = False,
+        **gen_kwargs: Any,
+    ) -> GenerationOutput | list[GenerationOutput]:
+        """Answer a prompt, or a list of prompts as one batch, in order.
+
+        images: one image or a list of them; with a list of prompts, one such entry per prompt.
+        An `<image>` in the prompt marks where an image goes; without marks images stand before it.
+        video: frames are sampled from it and stand before the prompt. history: earlier (question, answer) pairs.
+        gen_kwargs: any field of `GenerationConfig`, on top of `generation_config`.
+        A single bad prompt raises; in a list it becomes an output whose `finish_reason` is "error", and the others
+        are answered.
+        """
+        config = self._config(generation_config, gen_kwargs)
+        if isinstance(prompt, str):
+            conversation = self._conversation(prompt, images, video, history, system)
+            return self._finish(self._submit(conversation, config))
+        if not isinstance(prompt, list | tuple):
+            raise InvalidRequestError(f"prompt must be a string or a list of them, not {type(prompt).__name__}")
+        if video is not None or history:
+            raise InvalidRequestError("video and history go with a single prompt, not with a list")
+        return self._generate_list(prompt, images, system, config, use_tqdm)
+
+    def _generate_list(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Images] | None,
+        system: str | None,
+        config: GenerationConfig,
+        use_tqdm: bool,
+    ) -> list[GenerationOutput]:
+        per_prompt = [None] * len(prompts) if images is None else images
+        if not isinstance(per_prompt, list | tuple) or len(per_prompt) != len(prompts):
+            given = f"{len(per_prompt)} entries" if isinstance(per_prompt, list | tuple) else type(per_prompt).__name__
+            raise InvalidRequestError(f"{len(prompts)} prompts need a list of as many image entries, not {given}")
+        submitted: list[Request | VitrailError] = []
+        for prompt, own_images in zip(prompts, per_prompt, strict=True):
+            try:
+                submitted.append(self._submit(self._conversation(prompt, own_images, None, None, system), config))
+            except VitrailError as error:
+                submitted.append(error)
+        outputs = []
+        try:
+            for item in tqdm(submitted, desc="generating", unit="prompt", disable=not use_tqdm):
+                try:
+                    outputs.append(_failure(item) if isinstance(item, VitrailError) else self._finish(item))
+                except VitrailError as error:
+                    outputs.append(_failure(error))
+        finally:
+            for item in submitted:
+                if isinstance(item, Request):
+                    self.engine.abort(item.request_id)
+        return outputs
+
+    def stream(
+        self,
+        prompt: str,
+        images: Images = None,
+        *,
+        video: VideoSource | None = None,
+        history: History | None = None,
+        system: str | None = None,
+        generation_config: GenerationConfig | None = None,
+        request_id: str | None = None,
+        **gen_kwargs: Any,
+    ) -> Iterator[StreamDelta]:
+        """The answer as it comes: all texts together are `generate`'s. Leaving the loop early aborts the request.
+
+        The request is checked and queued at once, so that a mistake raises here and not at the first delta.
+        """
+        config = self._config(generation_config, gen_kwargs)
+        conversation = self._conversation(prompt, images, video, history, system)
+        return self.engine.stream(self._submit(conversation, config, request_id))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generation_config: GenerationConfig | None = None,
+        **gen_kwargs: Any,
+    ) -> GenerationOutput:
+        """Answer an OpenAI-style message list: system, user and assistant messages, text and image parts.
+
+        `image_url` parts take data URLs, and files below `allowed_local_media_path`; `image` parts take whatever
+        `generate` takes. An `<image>` that stands in a text part is text.
+        """
+        config = self._config(generation_config, gen_kwargs)
+        return self._finish(self._submit(conversation_of(messages, media_path=self.media_path), config))
+
+    async def agenerate(
+        self, prompt: str, images: Images = None, *, request_id: str | None = None, **keywords: Any
+    ) -> GenerationOutput:
+        """`generate` of one prompt without blocking the event loop. Cancelling the task aborts the request."""
+        config, conversation = await asyncio.to_thread(self._read_call, prompt, images, keywords)
+        name = request_id or uuid4().hex
+        try:
+            request = await asyncio.to_thread(self._submit, conversation, config, name)
+            return await asyncio.to_thread(self._finish, request)
+        except asyncio.CancelledError:
+            self.abort(name)
+            raise
+
+    def _read_call(
+        self, prompt: str, images: Images, keywords: dict[str, Any]
+    ) -> tuple[GenerationConfig, Conversation]:
+        call = {key: keywords.pop(key, None) for key in ("video", "history", "system", "generation_config")}
+        config = self._config(call.pop("generation_config"), keywords)
+        return config, self._conversation(prompt, images, **call)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; whoever waits for it gets what there is, with `finish_reason` "abort"."""
+        return self.engine.abort(request_id)
+
+    # --- what the model sees ---
+
+    @torch.inference_mode()
+    def encode_image(self, image: ImageSource, max_tiles: int | None = None) -> VisualTokens:
+        """The visual tokens of one image; `.tokens` is (num_tiles * tokens_per_tile, llm hidden), on the device."""
+        tiles, grid = self.processor.tile(image, _tile_limit(max_tiles))
+        tokens = self.model.encode_tiles(torch.from_numpy(tiles).to(self.engine.device))
+        return VisualTokens(tokens.flatten(0, 1), len(tiles), grid)
+
+    def count_tokens(
+        self,
+        prompt: str,
+        images: Images = None,
+        *,
+        history: History | None = None,
+        system: str | None = None,
+        max_tiles: int | None = None,
+        total_max_tiles: int | None = None,
+    ) -> Usage:
+        """What `generate` would report for the prompt, from image headers alone: nothing is decoded or run."""
+        conversation = self._conversation(prompt, images, None, history, system)
+        limits = GenerationConfig(max_tiles=max_tiles, total_max_tiles=total_max_tiles)
+        return self.processor.count(
+            conversation, max_tiles=limits.max_tiles, total_max_tiles=limits.total_max_tiles
+        ).usage
+
+    @torch.inference_mode()
+    def features(self, images: Images, layers: Sequence[int] | None = None) -> dict[int, VisionFeatures]:
+        """Hidden states of the ViT, each image stretched to one tile.
+
+        layers: block numbers, 1-based, 0 being the embeddings, negative ones counted from the last; None is the last.
+        Returns, for each layer asked for, `class_token` (n, hidden), `patches` (n, rows, columns, hidden) and `pooled`
+        (n, 2 * hidden), the class token followed by the mean patch.
+        """
+        config = self.model.config
+        pictures = [
+            self.processor.tile_static(source, name=f"image {index}")
+            for index, source in enumerate(_as_list(images), start=1)
+        ]
+        if not pictures:
+            raise InvalidRequestError("features needs at least one image")
+        depth = config.vision_depth
+        wanted = [depth] if layers is None else [layer + depth + 1 if layer < 0 else layer for layer in layers]
+        if not wanted or min(wanted) < 0 or max(wanted) > depth:
+            raise InvalidRequestError(f"layers {list(layers or [])} must lie within -{depth + 1}..{depth}")
+        tiles = torch.cat([torch.from_numpy(tile) for tile in pictures]).to(self.engine.device)
+        side = config.tile_size // config.vision.patch_size
+        states = self.model.vision_model.hidden_states(tiles, wanted)
+        return {layer: _features(state, side) for layer, state in states.items()}
+
+    # --- contrastive models ---
+
+    def embed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Embeddings of texts or images: for contrastive models, which this is not."""
+        raise self._not_contrastive("embed")
+
+    def score(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Image-text logits: for contrastive models, which this is not."""
+        raise self._not_contrastive("score")
+
+    def classify(self, *args: Any, **kwargs: Any) -> Any:
+        """Zero-shot classification: for contrastive models, which this is not."""
+        raise self._not_contrastive("classify")
+
+    def caption(self, *args: Any, **kwargs: Any) -> Any:
+        """Image-grounded captions of InternVL-G, which this is not."""
+        raise self._not_contrastive("caption")
+
+    def _not_contrastive(self, call: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{call}: {self.name} is a chat model; only contrastive models (InternVL-C/G) have this"
+        )
+
+    # --- life ---
+
+    def close(self) -> None:
+        """Abort what runs and let go of the model. Later calls raise `InvalidRequestError`."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+            del self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- inside ---
+
+    def _config(self, base: GenerationConfig | None, keywords: Mapping[str, Any]) -> GenerationConfig:
+        return GenerationConfig.from_kwargs(base, keywords, also_known=_CALL_KEYWORDS)
+
+    def _conversation(
+        self, prompt: str, images: Images, video: VideoSource | None, history: History | None, system: str | None
+    ) -> Conversation:
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(f"prompt must be a string, not {type(prompt).__name__}")
+        pictures = [Picture(source) for source in _as_list(images)]
+        turns: list[tuple[str, str | None]] = list(_checked_history(history))
+        if video is not None:
+            if pictures:
+                raise InvalidRequestError("give images or a video, not both")
+            frames = sample_frames(video, _FRAMES_PER_VIDEO, limits=self.limits)
+            pictures = [Picture(frame, max_tiles=1) for frame in frames]
+        label = "Image" if video is None else "Frame"
+        question = place_images(prompt, len(pictures), has_history=bool(turns), label=label)
+        return Conversation([*turns, (question, None)], pictures, system)
+
+    def _submit(self, conversation: Conversation, config: GenerationConfig, request_id: str | None = None) -> Request:
+        if self._closed:
+            raise InvalidRequestError("this Runtime is closed")
+        start = perf_counter()
+        prepared = self.processor.prepare(
+            conversation, max_tiles=config.max_tiles, total_max_tiles=config.total_max_tiles
+        )
+        elapsed_ms = (perf_counter() - start) * 1e3
+        return self.engine.submit(request_id or uuid4().hex, prepared, config, elapsed_ms)
+
+    def _finish(self, request: Request) -> GenerationOutput:
+        """Drive the engine until the request is done."""
+        for _ in self.engine.stream(request):
+            pass
+        return _output(request.prepared, request)
+
+
+def _output(prepared: Prepared, request: Request) -> GenerationOutput:
+    completions = request.completions
+    usage = prepared.usage
+    return GenerationOutput(
+        outputs=completions,
+        prompt_token_ids=prepared.token_ids,
+        num_tiles=prepared.num_tiles,
+        usage=Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=sum(len(completion.token_ids) for completion in completions),
+            image_tokens=usage.image_tokens,
+            image_tiles=usage.image_tiles,
+        ),
+        metrics=request.metrics,
+    )
+
+
+def _failure(error: VitrailError) -> GenerationOutput:
+    """The output of a list entry that could not be answered."""
+    return GenerationOutput(
+        outputs=[Completion("", [], "error")],
+        prompt_token_ids=[],
+        num_tiles=[],
+        usage=Usage(prompt_tokens=0),
+        error=RequestFailure(type(error).__name__, str(error)),
+    )
+
+
+def _features(state: Tensor, side: int) -> VisionFeatures:
+    class_token, patches = state[:, 0], state[:, 1:]
+    return VisionFeatures(
+        class_token=class_token,
+        patches=patches.unflatten(1, (side, side)),
+        pooled=torch.cat((class_token, patches.mean(1)), dim=-1),
+    )
+
+
+def _as_list(images: Images) -> list[ImageSource]:
+    """One image, several or none as a list. A string is one path, an array one image."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return list(images)
+    return [images]  # type: ignore[list-item]
+
+
+def _checked_history(history: History | None) -> History:
+    for number, turn in enumerate(history or (), start=1):
+        if not (isinstance(turn, tuple | list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise InvalidRequestError(f"history: turn {number} must be a (question, answer) pair of strings")
+    return [(question, answer) for question, answer in history or ()]
+
+
+def _tile_limit(max_tiles: int | None) -> int | None:
+    return GenerationConfig(max_tiles=max_tiles).max_tiles
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known; known: {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is not known; use 'cpu', 'cuda' or 'cuda:1'") from None
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
+        raise UnsupportedError(f"device {device}: {torch.cuda.device_count()} CUDA devices are visible")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {device}: only 'cpu' and 'cuda' are supported")
+    return chosen
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+    return value
+
+
+def _refuse_unavailable(**options: tuple[Any, Any]) -> None:
+    """Raise for the first option that is not at its default."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise UnsupportedError(f"{name}={value!r} is not available yet; only {default!r} is")
+
+
+def _control_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise CheckpointError(f"the tokenizer has no {token} token")
+    return token_id
+
+
+def _stop_token_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
+    """The template's stop tokens and the tokenizer's own end of text."""
+    ids = {_control_id(tokenizer, token) for token in stops}
+    return frozenset(ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
+
+
+_runtimes: dict[tuple[str, str], Runtime] = {}
+_runtimes_lock = threading.Lock()
+
+
+def generate(
+    prompt: str | Sequence[str],
+    images: Any = None,
+    *,
+    model: str | Path = "nano",
+    runtime_options: Mapping[str, Any] | None = None,
+    **keywords: Any,
+) -> Any:
+    """`Runtime.generate` on a Runtime that is loaded once per model and options, and kept.
+
+    runtime_options: keywords of `Runtime.from_pretrained`. The other keywords are those of `Runtime.generate`.
+    """
+    options = dict(runtime_options or {})
+    key = (str(model), repr(sorted(options.items())))
+    with _runtimes_lock:
+        if key not in _runtimes:
+            _runtimes[key] = Runtime.from_pretrained(model, **options)
+        runtime = _runtimes[key]
+    return runtime.generate(prompt, images, **keywords)

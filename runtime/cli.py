@@ -1,0 +1,348 @@
+"""The `vitrail` command. Long work shows a bar on a terminal and none in a pipe; `--json` is for programs.
+
+A caller's mistake prints one line on stderr and exits with status 2.
+"""
+
+import importlib
+import json
+import math
+import pkgutil
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import VitrailError
+
+if TYPE_CHECKING:
+    from .api import Runtime
+
+app = typer.Typer(
+    name="vitrail",
+    help="Inference runtime for the InternVL vision-language family.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Wide in a pipe, so that no line of a table is cut where nobody resizes it.
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A local folder, a hub id or `nano`.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the best present if not given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; sampling from above it.")]
+MaxTiles = Annotated[int | None, typer.Option(help="The most tiles an image may take.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; mistakes of the caller end in one line and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except VitrailError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"vitrail: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _load(model: str, dtype: str, device: str | None) -> "Runtime":
+    from .api import Runtime
+
+    return Runtime.from_pretrained(model, dtype=dtype, device=device)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question; `<image>` marks where an image goes.")],
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image file; may be repeated.")] = None,
+    video: Annotated[str | None, typer.Option(help="A video file; frames are sampled from it.")] = None,
+    pdf: Annotated[str | None, typer.Option(help="A PDF file; each page is an image.")] = None,
+    model: Model = "nano",
+    system: Annotated[str | None, typer.Option(help="A system message in place of the checkpoint's.")] = None,
+    max_tiles: MaxTiles = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question, about images if there are any."""
+    if sum((bool(image), video is not None, pdf is not None)) > 1:
+        _fail("give --image, --video or --pdf, not several of them")
+    images: list[Any] = list(image or [])
+    if pdf is not None:
+        from .pdf import render_pages
+
+        images = list(render_pages(pdf))
+    keywords: dict[str, Any] = {
+        "video": video,
+        "system": system,
+        "max_tiles": max_tiles,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    with _load(model, dtype, device) as runtime:
+        if stream and not as_json:
+            for delta in runtime.stream(prompt, images, **keywords):
+                print(delta.text, end="", flush=True)
+            print()
+            return
+        output = runtime.generate(prompt, images, **keywords)
+        if as_json:
+            print(json.dumps({"model": model, "load_ms": runtime.load_ms, **output.to_dict()}, ensure_ascii=False))
+            return
+        print(output.text)
+        usage, metrics = output.usage, output.metrics
+        # The answer alone goes to stdout, so that it can be piped on.
+        print(
+            f"{_counted(usage.image_tiles, 'tile')}, {usage.prompt_tokens} prompt tokens "
+            f"({usage.image_tokens} of images), {_counted(usage.completion_tokens, 'token')} of answer\n"
+            f"load {runtime.load_ms:.0f} ms, preprocess {metrics.preprocess_ms:.1f} ms, "
+            f"vision {metrics.vision_ms:.1f} ms, first token {metrics.ttft_ms:.1f} ms, "
+            f"then {metrics.tpot_ms:.2f} ms a token, in all {metrics.e2e_ms:.1f} ms",
+            file=sys.stderr,
+        )
+
+
+@app.command()
+def chat(
+    model: Model = "nano",
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image for the first question.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message in place of the checkpoint's.")] = None,
+    max_tiles: MaxTiles = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Talk to a model; answers stream. /image FILE adds an image to the next question, /reset forgets, /quit ends."""
+    history: list[tuple[str, str]] = []
+    images: list[Any] = []
+    pending: list[Any] = list(image or [])
+    with _load(model, dtype, device) as runtime:
+        while True:
+            line = _read_line()
+            if line is None or line == "/quit":
+                return
+            if line == "/reset":
+                history, images, pending = [], [], []
+                continue
+            if line.startswith("/image "):
+                pending.append(line.removeprefix("/image ").strip())
+                continue
+            if not line:
+                continue
+            question = _numbered(line, len(images), len(pending))
+            try:
+                answer = ""
+                for delta in runtime.stream(
+                    question,
+                    [*images, *pending],
+                    history=history,
+                    system=system,
+                    max_tiles=max_tiles,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                ):
+                    print(delta.text, end="", flush=True)
+                    answer += delta.text
+                print()
+            except VitrailError as error:
+                # The conversation goes on without the question that was refused, and without its images.
+                print(f"vitrail: {error}", file=sys.stderr)
+                pending = []
+                continue
+            history.append((question, answer))
+            images, pending = [*images, *pending], []
+
+
+def _numbered(line: str, shown: int, added: int) -> str:
+    """A question with places for the images added to it, numbered on from those shown before."""
+    from .prompt import IMAGE_MARK
+
+    if not added or IMAGE_MARK in line:
+        return line
+    if shown + added == 1:
+        return f"{IMAGE_MARK}\n{line}"
+    return "".join(f"Image-{shown + number}: {IMAGE_MARK}\n" for number in range(1, added + 1)) + line
+
+
+def _read_line() -> str | None:
+    """The next line, None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A local folder, a hub id or `nano`.")] = "nano",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is: its halves, parameters, memory at each dtype, tokens per image."""
+    from .config import load_config
+    from .weights import expected_tensors, resolve_checkpoint
+
+    folder = resolve_checkpoint(model)
+    config = load_config(folder)
+    shapes = expected_tensors(config)
+    sizes = {"vision": 0, "projector": 0, "language": 0}
+    for name, shape in shapes.items():
+        half = {"vision_model": "vision", "mlp1": "projector"}.get(name.partition(".")[0], "language")
+        sizes[half] += math.prod(shape)
+    total = sum(sizes.values())
+    tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
+    most = tiles + 1 if config.use_thumbnail and tiles > 1 else tiles
+    facts: dict[str, Any] = {
+        "folder": str(folder),
+        "architecture": f"InternViT {config.vision.hidden_size} x {config.vision_depth} blocks, "
+        f"{config.llm.architecture} {config.llm.hidden_size} x {config.llm.num_hidden_layers} layers",
+        "template": config.template,
+        "tensors": len(shapes),
+        "parameters": {**sizes, "total": total},
+        "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total, "int8": total, "int4": total // 2},
+        "kv_bytes_per_token": config.llm.kv_bytes_per_token,
+        "context": config.llm.max_position_embeddings,
+        "tile_size": config.tile_size,
+        "tokens_per_tile": config.tokens_per_tile,
+        "tokens_per_image": {"least": config.tokens_per_tile, "most": most * config.tokens_per_tile},
+    }
+    if as_json:
+        print(json.dumps({**facts, "config": asdict(config)}, ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("checkpoint", str(folder))
+    table.add_row("architecture", facts["architecture"])
+    table.add_row("template", config.template)
+    table.add_row("parameters", ", ".join(f"{half} {_millions(size)}" for half, size in sizes.items()))
+    table.add_row("in all", f"{_millions(total)} in {len(shapes)} tensors")
+    for dtype, size in facts["weight_bytes"].items():
+        table.add_row(f"weights in {dtype}", _bytes(size))
+    table.add_row("KV cache", f"{_bytes(config.llm.kv_bytes_per_token)} a token in 16 bits")
+    table.add_row("context", f"{config.llm.max_position_embeddings} tokens")
+    table.add_row("tiles", f"{config.tile_size} px, {config.tokens_per_tile} tokens each, at most {most} an image")
+    console.print(table)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Report GPU, driver, versions, and which kernels and extras are active."""
+    import torch
+
+    gpus: list[dict[str, Any]] = [
+        {
+            "name": properties.name,
+            "memory": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+        }
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    extras = {
+        "cuda": ("triton", "cuda-python"),
+        "quant": ("bitsandbytes",),
+        "export": ("onnx", "onnxscript", "onnxruntime"),
+        "tensorrt": ("tensorrt",),
+        "video": ("av",),
+        "pdf": ("pypdfium2",),
+        "server": ("fastapi", "uvicorn", "prometheus-client"),
+        "ray": ("ray",),
+    }
+    report: dict[str, Any] = {
+        "vitrail": version("vitrail"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")},
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        # Every operation runs its torch reference so far; later kernels announce themselves here.
+        "kernels": dict.fromkeys(_kernel_names(), "torch"),
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in extras.items()},
+    }
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("vitrail", f"{report['vitrail']} on Python {report['python']}")
+    table.add_row("packages", ", ".join(f"{name} {found}" for name, found in report["packages"].items()))
+    table.add_row("CPU threads", str(report["cpu_threads"]))
+    if gpus:
+        for gpu in gpus:
+            table.add_row("GPU", f"{gpu['name']}, {_bytes(gpu['memory'])}, sm_{gpu['capability'].replace('.', '')}")
+        table.add_row("CUDA", str(report["cuda"]))
+    else:
+        table.add_row("GPU", "none seen: everything runs on the CPU")
+    table.add_row("kernels", ", ".join(report["kernels"]) + " (torch)")
+    for extra, packages in report["extras"].items():
+        found = [f"{name} {number}" for name, number in packages.items() if number]
+        missing = [name for name, number in packages.items() if not number]
+        if missing:
+            found.append(f"missing {', '.join(missing)} (pip install 'vitrail\\[{extra}]')")
+        table.add_row(f"extra {extra}", ", ".join(found))
+    console.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A script of bench/.")]) -> None:
+    """Run a benchmark script; what follows its name are the script's own options."""
+    from .. import bench as scripts
+
+    known = sorted(
+        info.name
+        for info in pkgutil.iter_modules(scripts.__path__)
+        if not info.ispkg and info.name not in ("harness", "report")
+    )
+    if name not in known:
+        _fail(f"bench: no script {name!r}; known: {', '.join(known)}")
+    sys.argv = [f"vitrail bench {name}", *context.args]
+    importlib.import_module(f"{scripts.__name__}.{name}").main()
+
+
+def _kernel_names() -> list[str]:
+    from .. import kernels
+
+    return sorted(info.name for info in pkgutil.iter_modules([str(Path(str(kernels.__file__)).parent)]))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"

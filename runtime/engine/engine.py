@@ -1,0 +1,381 @@
+"""The loop: admits waiting requests, encodes their tiles together, prefills, and decodes all running sequences at once.
+
+There is no thread of its own. Whoever waits for a result drives `step` under the engine's lock, and every step moves
+all requests, so that callers in several threads, or interleaved streams in one, share batches.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidRequestError, VitrailError
+from ..layers.kv_cache import KVCache, KVSlice
+from ..layers.rotary import inverse_frequencies
+from ..models.internvl import InternVLModel
+from ..request import Completion, FinishReason, GenerationConfig, Metrics, StreamDelta, TokenLogprobs
+from ..sampler import Sampled, SamplingState, StopChecker, sample
+from ..tokenizer import Tokenizer
+from .processor import Prepared
+
+# Tiles in one pass of the vision half: enough to fill the matrix products, few enough to bound its activations.
+TILES_PER_BATCH = 16
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One completion in the making. Its row in the KV cache is its place in `Engine.running`."""
+
+    index: int
+    sampling: SamplingState
+    stop: StopChecker
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.sampling.token_ids
+
+
+@dataclass(eq=False)
+class Request:
+    """A prepared request, its sequences, what happened to it and when (seconds of `perf_counter`)."""
+
+    request_id: str
+    prepared: Prepared
+    config: GenerationConfig
+    sequences: list[Sequence]
+    planned_length: int  # tokens of the prompt and of the longest answer
+    inv_freq: Tensor
+    submitted: float
+    preprocess_ms: float
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    vision_ms: float = 0.0
+    deltas: deque[StreamDelta] = field(default_factory=deque)
+    error: Exception | None = None
+
+    @property
+    def completions(self) -> list[Completion]:
+        wants_logprobs = self.config.logprobs is not None
+        return [
+            Completion(
+                "".join(sequence.text),
+                sequence.token_ids,
+                sequence.finish_reason or "abort",
+                sequence.logprobs if wants_logprobs else None,
+            )
+            for sequence in self.sequences
+        ]
+
+    @property
+    def metrics(self) -> Metrics:
+        end = self.finished if self.finished is not None else perf_counter()
+        start = self.admitted if self.admitted is not None else end
+        first = self.first_token if self.first_token is not None else end
+        later_tokens = max(len(sequence.token_ids) for sequence in self.sequences) - 1
+        arrival = self.submitted - self.preprocess_ms / 1e3
+        return Metrics(
+            queue_ms=(start - self.submitted) * 1e3,
+            preprocess_ms=self.preprocess_ms,
+            vision_ms=self.vision_ms,
+            ttft_ms=(first - arrival) * 1e3,
+            tpot_ms=(end - first) * 1e3 / later_tokens if later_tokens > 0 else 0.0,
+            e2e_ms=(end - arrival) * 1e3,
+        )
+
+
+class Engine:
+    """Runs prepared requests on one model. Thread-safe."""
+
+    def __init__(
+        self,
+        model: InternVLModel,
+        tokenizer: Tokenizer,
+        *,
+        context_token_id: int,
+        stop_token_ids: frozenset[int],
+        max_num_seqs: int,
+        max_model_len: int,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context_token_id = context_token_id
+        self.stop_token_ids = stop_token_ids
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        token_bytes = model.config.llm.kv_bytes_per_token * self.dtype.itemsize // 2
+        self.max_cached_tokens = _memory_for_cache(self.device, gpu_memory_utilization) // token_bytes
+        self.cache: KVCache | None = None
+        self.waiting: deque[Request] = deque()
+        self.running: list[tuple[Request, Sequence]] = []
+        self._requests: dict[str, Request] = {}
+        self._lock = threading.RLock()
+
+    def submit(
+        self, request_id: str, prepared: Prepared, config: GenerationConfig, preprocess_ms: float = 0.0
+    ) -> Request:
+        """Queue a request. Everything that can be wrong with it has been checked by now, or is checked here."""
+        config.check_vocabulary(self.model.config.llm.vocab_size)
+        prompt_length = len(prepared.token_ids)
+        budget = min(config.max_new_tokens, self.max_model_len - prompt_length)
+        bad_words = [
+            self.tokenizer.encode(spelling, add_bos=False)
+            for word in config.bad_words
+            for spelling in (word, f" {word}")
+        ]
+        sequences = [
+            Sequence(
+                index,
+                SamplingState(
+                    config,
+                    prompt_token_ids=prepared.token_ids,
+                    image_token_id=self.context_token_id,
+                    eos_token_ids=self.stop_token_ids,
+                    bad_words=bad_words,
+                    index=index,
+                ),
+                StopChecker(
+                    config,
+                    self.tokenizer.stream(skip_special_tokens=config.skip_special_tokens),
+                    eos_token_ids=self.stop_token_ids,
+                    max_new_tokens=budget,
+                ),
+            )
+            for index in range(config.n)
+        ]
+        planned = prompt_length + budget
+        inv_freq = inverse_frequencies(self.model.config.llm, planned).to(self.device)
+        now = perf_counter()
+        request = Request(request_id, prepared, config, sequences, planned, inv_freq, now, preprocess_ms)
+        with self._lock:
+            if request_id in self._requests:
+                raise InvalidRequestError(f"request id {request_id!r} is in use")
+            self._requests[request_id] = request
+            self.waiting.append(request)
+        return request
+
+    def stream(self, request: Request) -> Iterator[StreamDelta]:
+        """Deltas of a request as they come; leaving the loop early aborts it. Raises the request's own error."""
+        try:
+            while True:
+                with self._lock:
+                    if not request.deltas and request.finished is None:
+                        self.step()
+                    deltas = list(request.deltas)
+                    request.deltas.clear()
+                yield from deltas
+                if request.finished is not None and not request.deltas:
+                    break
+        finally:
+            self.abort(request.request_id)
+        if request.error is not None:
+            raise request.error
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is and free what it holds. Returns whether there was one."""
+        with self._lock:
+            request = self._requests.get(request_id)
+            if request is None:
+                return False
+            self._finish(request, "abort")
+            return True
+
+    def close(self) -> None:
+        """Abort every request and let go of the model and the cache."""
+        with self._lock:
+            for request_id in list(self._requests):
+                self.abort(request_id)
+            self.cache = None
+            del self.model
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admit what fits, otherwise decode one token of every running sequence."""
+        with self._lock:
+            if admitted := self._admit():
+                self._prefill(admitted)
+            elif self.running:
+                self._decode()
+
+    # --- admission and prefill ---
+
+    def _admit(self) -> list[Request]:
+        """Waiting requests, in order, whose sequences find free rows and memory; one always does if nothing runs."""
+        admitted: list[Request] = []
+        rows = len(self.running)
+        length = max((request.planned_length for request, _ in self.running), default=0)
+        while self.waiting:
+            request = self.waiting[0]
+            needed_rows = rows + len(request.sequences)
+            needed_length = max(length, request.planned_length)
+            full = needed_rows > self.max_num_seqs or needed_rows * needed_length > self.max_cached_tokens
+            if full and rows:
+                break
+            rows, length = needed_rows, needed_length
+            request.admitted = perf_counter()
+            admitted.append(self.waiting.popleft())
+        if admitted:
+            self._reserve(rows, length)
+        return admitted
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Make the cache hold `rows` sequences of `length` tokens, keeping what runs."""
+        cache = self.cache
+        if cache is not None and cache.rows >= rows and cache.length >= length:
+            return
+        if cache is not None and self.running:
+            rows, length = max(rows, cache.rows), max(length, cache.length)
+        grown = KVCache(self.model.config.llm, rows, length, dtype=self.dtype, device=self.device)
+        if cache is not None and self.running:
+            grown.copy_from(cache, len(self.running))
+        self.cache = grown
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """Encode the tiles of all requests together, then run each prompt and sample its first tokens."""
+        visual_tokens = self._encode(requests)
+        for request in requests:
+            try:
+                if request.error is None:
+                    self._prefill_one(request, visual_tokens.pop(request.request_id, None))
+            except Exception as error:
+                self._fail(request, error)
+
+    def _encode(self, requests: list[Request]) -> dict[str, Tensor]:
+        """Visual tokens (tokens, hidden) of each request that has tiles."""
+        tiled = [request for request in requests if request.prepared.tiles]
+        try:
+            return self._encode_together(tiled)
+        except Exception:
+            # One request must not take the others with it: find out whose tiles it was.
+            tokens: dict[str, Tensor] = {}
+            for request in tiled:
+                try:
+                    tokens |= self._encode_together([request])
+                except Exception as error:
+                    self._fail(request, error)
+            return tokens
+
+    def _encode_together(self, requests: list[Request]) -> dict[str, Tensor]:
+        if not requests:
+            return {}
+        start = perf_counter()
+        tiles = torch.cat([torch.from_numpy(tiles) for request in requests for tiles in request.prepared.tiles])
+        encoded = [self.model.encode_tiles(part.to(self.device)) for part in tiles.split(TILES_PER_BATCH)]
+        per_request = torch.cat(encoded).split([sum(request.prepared.num_tiles) for request in requests])
+        elapsed_ms = (perf_counter() - start) * 1e3
+        for request in requests:
+            request.vision_ms = elapsed_ms
+            request.prepared.tiles.clear()
+        return {request.request_id: tokens.flatten(0, 1) for request, tokens in zip(requests, per_request, strict=True)}
+
+    def _prefill_one(self, request: Request, visual_tokens: Tensor | None) -> None:
+        assert self.cache is not None
+        row = len(self.running)
+        token_ids = torch.tensor(request.prepared.token_ids, device=self.device)
+        decoder = self.model.language_model
+        if visual_tokens is None:
+            x = decoder.embed(token_ids)
+        else:
+            x = self.model.splice(token_ids, visual_tokens, self.context_token_id)
+        length = len(token_ids)
+        positions = torch.arange(length, device=self.device)[None]
+        hidden = decoder(x[None], positions, request.inv_freq, KVSlice(self.cache, row, positions, length))
+        logits = decoder.logits(hidden[:, -1])
+        for copy in range(1, len(request.sequences)):
+            self.cache.copy_row(row, row + copy, length)
+        self.running.extend((request, sequence) for sequence in request.sequences)
+        self._accept(logits.expand(len(request.sequences), -1), self.running[row:])
+
+    # --- decode ---
+
+    def _decode(self) -> None:
+        assert self.cache is not None
+        lens = [len(request.prepared.token_ids) + len(sequence.token_ids) for request, sequence in self.running]
+        tokens = torch.tensor([sequence.token_ids[-1] for _, sequence in self.running], device=self.device)
+        context_lens = torch.tensor(lens, device=self.device)
+        positions = context_lens[:, None] - 1
+        ragged = min(lens) != max(lens)
+        kv = KVSlice(self.cache, 0, positions, max(lens), context_lens if ragged else None)
+        inv_freq = torch.stack([request.inv_freq for request, _ in self.running])
+        decoder = self.model.language_model
+        hidden = decoder(decoder.embed(tokens)[:, None], positions, inv_freq, kv)
+        self._accept(decoder.logits(hidden[:, 0]), list(self.running))
+
+    def _accept(self, logits: Tensor, rows: list[tuple[Request, Sequence]]) -> None:
+        """Sample the next token of each row, publish what became certain, and retire what is done."""
+        now_sampled = sample(logits, [sequence.sampling for _, sequence in rows])
+        now = perf_counter()
+        for (request, sequence), sampled in zip(rows, now_sampled, strict=True):
+            if request.finished is not None:
+                continue  # a sibling row failed
+            if isinstance(sampled, VitrailError):
+                self._fail(request, sampled)
+                continue
+            if request.first_token is None:
+                request.first_token = now
+            self._extend(request, sequence, sampled)
+        for request in {id(request): request for request, _ in rows}.values():
+            if request.finished is None and all(sequence.finish_reason for sequence in request.sequences):
+                self._finish(request, "stop")
+        self._retire()
+
+    def _extend(self, request: Request, sequence: Sequence, sampled: Sampled) -> None:
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        text, sequence.finish_reason = sequence.stop.push(sampled.token_id)
+        sequence.text.append(text)
+        request.deltas.append(StreamDelta(text, [sampled.token_id], sequence.finish_reason, sequence.index))
+
+    # --- endings ---
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = error
+        self._finish(request, "error")
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """Close a request: sequences that are not done yet end for `reason`, with the text they held back."""
+        request.finished = perf_counter()
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                sequence.text.append(sequence.stop.flush())
+                request.deltas.append(StreamDelta(sequence.text[-1], [], reason, sequence.index))
+        self._requests.pop(request.request_id, None)
+        if request.admitted is None:
+            self.waiting.remove(request)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Give back the rows of finished sequences; the last row moves into each gap, so that rows stay dense."""
+        row = 0
+        while row < len(self.running):
+            sequence = self.running[row][1]
+            if sequence.finish_reason is None:
+                row += 1
+                continue
+            moved_request, moved = self.running.pop()
+            if moved is sequence:
+                continue
+            self.running[row] = (moved_request, moved)
+            if self.cache is not None and moved.finish_reason is None:
+                length = len(moved_request.prepared.token_ids) + len(moved.token_ids)
+                self.cache.copy_row(len(self.running), row, length)
+
+
+def _memory_for_cache(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes that keys and values may take beside what is loaded already: on a CPU half of what is free."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, free - int((1 - gpu_memory_utilization) * total))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

@@ -1,0 +1,363 @@
+"""Images: opened within limits, cut into tiles bit-equal to the reference's Pillow pipeline, planned from sizes alone.
+
+What becomes of a picture before the model sees it:
+
+- JPEG, PNG, WebP, BMP and GIF (the first frame) are recognised by content; every other format is refused.
+- Everything becomes RGB by Pillow's `convert("RGB")`, as in the reference: alpha is dropped without compositing,
+  palettes and CMYK are converted, 16-bit colour keeps its high byte, 16-bit *grey* is clipped at 255 (scale it first).
+- The EXIF orientation that stands before the pixels is applied, unless `ImageLimits.exif_orientation` is off (the
+  reference ignores it).
+- Limits are checked on the header, before a pixel is decoded. No error repeats a decoder's own text.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+import stat
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .errors import ConfigError, InvalidRequestError
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
+Size = tuple[int, int]  # width, height
+Grid = tuple[int, int]  # columns, rows
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses; a higher limit of ours would have no effect
+MAX_TILES = 1024  # a bound on the grid search, far above the 40 tiles of any published setting
+PAD_COLOUR = (123, 116, 103)  # 255 times the ImageNet mean, floored
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what makes the picture upright
+_SIDEWAYS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may be, and whether its EXIF orientation counts."""
+
+    max_pixels: int = MAX_PIXELS
+    max_aspect_ratio: float = 200.0
+    exif_orientation: bool = True
+    max_data_url_length: int = 64 * 2**20  # characters, checked before base64 is decoded
+
+    def __post_init__(self) -> None:
+        for field in ("max_pixels", "max_aspect_ratio", "max_data_url_length"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
+
+
+# Opening
+
+
+def open_image(source: ImageSource, limits: ImageLimits | None = None, *, name: str = "image") -> Image.Image:
+    """The decoded RGB picture, upright; it may be the caller's own object when that is RGB already.
+
+    `source` is a path, the bytes of a file, a PIL image, a uint8 array (height, width[, 3 or 4]) or a base64 data URL.
+    Raises `InvalidRequestError` with a fixed one-line text that starts with `name`.
+    """
+    limits = limits or ImageLimits()
+    with _opened(source, limits, name) as picture:
+        _upright_size(picture, limits, name)
+        turn = _turn(picture, limits)
+        if not isinstance(source, Image.Image):
+            # Alpha is dropped anyway; Pillow would warn about it, or fail on a colour that is not in the palette.
+            picture.info.pop("transparency", None)
+        picture = _to_rgb(picture, name)
+        if turn is not None:
+            picture = picture.transpose(turn)
+            picture.info.clear()  # the orientation tag would turn the picture once more if it were opened again
+        return picture
+
+
+def image_size(source: ImageSource, limits: ImageLimits | None = None, *, name: str = "image") -> Size:
+    """(width, height) of what `open_image` gives, from the header alone, within the same limits."""
+    limits = limits or ImageLimits()
+    with _opened(source, limits, name) as picture:
+        return _upright_size(picture, limits, name)
+
+
+def check_size(width: int, height: int, limits: ImageLimits, name: str) -> None:
+    """Raises `InvalidRequestError` where a size is empty or beyond the limits."""
+    if min(width, height) < 1:
+        raise InvalidRequestError(f"{name}: {width}x{height} has no pixels")
+    if width * height > limits.max_pixels:
+        raise InvalidRequestError(f"{name}: {width}x{height} exceeds the limit of {limits.max_pixels} pixels")
+    if max(width, height) > limits.max_aspect_ratio * min(width, height):
+        raise InvalidRequestError(
+            f"{name}: {width}x{height} exceeds the aspect ratio limit of {limits.max_aspect_ratio:g}"
+        )
+
+
+def local_file(source: str | os.PathLike[str], name: str) -> Path:
+    """The path of a non-empty regular file; nothing that looks like a URL is followed."""
+    text = os.fspath(source)
+    shown = repr(text if len(text) <= 200 else text[:200] + "...")  # one line, whatever the name holds
+    if isinstance(source, str) and re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
+        raise InvalidRequestError(f"{name}: URLs are not fetched here, pass a path or the bytes instead of {shown}")
+    try:
+        status = Path(text).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InvalidRequestError(f"{name}: no such file: {shown}") from None
+    except (OSError, ValueError):  # a name too long, a folder closed to us, a NUL in the name
+        raise InvalidRequestError(f"{name}: cannot read {shown}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise InvalidRequestError(f"{name}: {shown} is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidRequestError(f"{name}: {shown} is not a regular file")
+    if status.st_size == 0:
+        raise InvalidRequestError(f"{name}: {shown} is empty")
+    return Path(text)
+
+
+@contextmanager
+def _opened(source: ImageSource, limits: ImageLimits, name: str) -> Iterator[Image.Image]:
+    """The picture of a source with its header read and its pixels, where they lie in a file, not yet."""
+    if isinstance(source, Image.Image):
+        yield source
+    elif isinstance(source, np.ndarray):
+        yield _from_array(source, name)
+    elif isinstance(source, bytes):
+        with _parsed(io.BytesIO(source), limits, name) as picture:
+            yield picture
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        with _parsed(io.BytesIO(_data_url_bytes(source, limits, name)), limits, name) as picture:
+            yield picture
+    elif isinstance(source, (str, os.PathLike)):
+        path = local_file(source, name)
+        try:
+            file = path.open("rb")
+        except OSError:
+            raise InvalidRequestError(f"{name}: cannot read {str(path)!r}") from None
+        with file, _parsed(file, limits, name) as picture:
+            yield picture
+    else:
+        raise InvalidRequestError(
+            f"{name}: a path, bytes, a PIL image, a uint8 array or a data URL is expected, got {type(source).__name__}"
+        )
+
+
+def _parsed(file: IO[bytes], limits: ImageLimits, name: str) -> Image.Image:
+    """Pillow's lazy image of a file: format recognised by content, header read."""
+    try:
+        return Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        most = min(limits.max_pixels, MAX_PIXELS)
+        raise InvalidRequestError(f"{name}: exceeds the limit of {most} pixels") from None
+    except UnidentifiedImageError:
+        raise InvalidRequestError(f"{name}: cannot decode: not a JPEG, PNG, WebP, BMP or GIF image") from None
+    except Exception:  # plugins meet bad bytes with errors of every kind
+        raise InvalidRequestError(f"{name}: cannot decode") from None
+
+
+def _data_url_bytes(url: str, limits: ImageLimits, name: str) -> bytes:
+    if len(url) > limits.max_data_url_length:
+        raise InvalidRequestError(
+            f"{name}: data URL of {len(url)} characters exceeds the limit of {limits.max_data_url_length}"
+        )
+    head, comma, payload = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InvalidRequestError(f"{name}: a data URL must read data:image/...;base64,...")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequestError(f"{name}: data URL is not valid base64") from None
+
+
+def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
+    """RGB or grey image of a uint8 array (height, width), (height, width, 3) or (height, width, 4: alpha dropped)."""
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise InvalidRequestError(
+            f"{name}: an array must be uint8 of shape (height, width[, 3 or 4]), got {array.dtype} {array.shape}"
+        )
+    if array.size == 0:
+        raise InvalidRequestError(f"{name}: {array.shape[1]}x{array.shape[0]} has no pixels")
+    return Image.fromarray(array[..., :3] if array.ndim == 3 else array)
+
+
+def _turn(picture: Image.Image, limits: ImageLimits) -> Image.Transpose | None:
+    """What makes the picture upright, from metadata that stands before the pixels."""
+    if not limits.exif_orientation:
+        return None
+    try:
+        # Not `picture.getexif()`: PNG's own decodes the pixels to look for a chunk behind them.
+        return _TURNS.get(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken metadata turns nothing
+        return None
+
+
+def _upright_size(picture: Image.Image, limits: ImageLimits, name: str) -> Size:
+    width, height = picture.size
+    check_size(width, height, limits, name)
+    return (height, width) if _turn(picture, limits) in _SIDEWAYS else (width, height)
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    try:
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except Exception:
+        raise InvalidRequestError(f"{name}: cannot decode") from None
+
+
+# Planning, from sizes alone
+
+
+def choose_grid(width: int, height: int, tile_size: int = 448, min_tiles: int = 1, max_tiles: int = 12) -> Grid:
+    """(columns, rows) of the grid whose ratio is nearest to the image's, with at most `max_tiles` tiles.
+
+    Among grids of equally near ratio a larger one replaces the choice if the image covers more than half of its area.
+    """
+    ratio = width / height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in _candidate_grids(min_tiles, max_tiles):
+        difference = abs(ratio - columns / rows)
+        if difference < best_difference:
+            best, best_difference = (columns, rows), difference
+        elif difference == best_difference and width * height > 0.5 * tile_size**2 * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def count_tiles(grid: Grid, use_thumbnail: bool = True) -> int:
+    """Tiles of a grid with the thumbnail, which only an image of more than one tile has."""
+    tiles = grid[0] * grid[1]
+    return tiles + 1 if use_thumbnail and tiles > 1 else tiles
+
+
+def plan_tiles(
+    size: Size, tile_size: int = 448, min_tiles: int = 1, max_tiles: int = 12, use_thumbnail: bool = True
+) -> tuple[Grid, int]:
+    """(grid, number of tiles with the thumbnail) that `tile_image` gives for an image of this size."""
+    grid = choose_grid(*size, tile_size, min_tiles, max_tiles)
+    return grid, count_tiles(grid, use_thumbnail)
+
+
+def share_tiles(
+    sizes: Sequence[Size],
+    max_tiles: Sequence[int],
+    total_max_tiles: int,
+    tile_size: int = 448,
+    min_tiles: int = 1,
+    use_thumbnail: bool = True,
+) -> list[int]:
+    """`max_tiles` for each image such that all tiles, thumbnails included, are at most `total_max_tiles`.
+
+    One cap for all images, the highest that fits, is laid over each image's own `max_tiles`: equal images get equal
+    tiles, wherever they stand. `min_tiles` yields to an image's own lower `max_tiles`. Raises `InvalidRequestError`
+    where even `min_tiles` an image is too many.
+    """
+
+    def capped(cap: int) -> list[int]:
+        return [min(own, cap) for own in max_tiles]
+
+    def total(cap: int) -> int:  # never falls as the cap rises: a raised cap only adds grids of more tiles
+        plans = zip(sizes, capped(cap), strict=True)
+        return sum(plan_tiles(size, tile_size, min(min_tiles, most), most, use_thumbnail)[1] for size, most in plans)
+
+    caps = range(min_tiles, max(max_tiles, default=min_tiles) + 1)
+    fitting = bisect_right(caps, total_max_tiles, key=total)
+    if fitting == 0:
+        raise InvalidRequestError(
+            f"total_max_tiles={total_max_tiles} is too few for {len(sizes)} image(s), which need {total(min_tiles)}"
+        )
+    return capped(caps[fitting - 1])
+
+
+@lru_cache(maxsize=64)
+def _candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
+    """All grids by increasing area, those of one area by ascending columns (where the reference leaves it open)."""
+    if not 1 <= min_tiles <= max_tiles <= MAX_TILES:
+        raise InvalidRequestError(
+            f"1 <= min_tiles <= max_tiles <= {MAX_TILES} must hold, got min_tiles={min_tiles}, max_tiles={max_tiles}"
+        )
+    return tuple(
+        (columns, area // columns)
+        for area in range(min_tiles, max_tiles + 1)
+        for columns in range(1, area + 1)
+        if area % columns == 0
+    )
+
+
+# Tiling
+
+
+def tile_image(
+    image: Image.Image | npt.NDArray[Any],
+    tile_size: int = 448,
+    min_tiles: int = 1,
+    max_tiles: int = 12,
+    use_thumbnail: bool = True,
+) -> npt.NDArray[np.uint8]:
+    """uint8 (tiles, tile_size, tile_size, 3): row-major tiles of the resized image, the thumbnail last.
+
+    Bit-equal to the reference's Pillow pipeline for every size and mode. A pure function: no limits, no EXIF.
+    """
+    picture = _picture(image)
+    columns, rows = choose_grid(*picture.size, tile_size, min_tiles, max_tiles)
+    tiles = np.empty((count_tiles((columns, rows), use_thumbnail), tile_size, tile_size, 3), np.uint8)
+    canvas = _resized(picture, columns * tile_size, rows * tile_size).reshape(rows, tile_size, columns, tile_size, 3)
+    grid = tiles[: rows * columns].reshape(rows, columns, tile_size, tile_size, 3)  # a view
+    grid[:] = canvas.swapaxes(1, 2)
+    if len(tiles) > rows * columns:
+        tiles[-1] = _resized(picture, tile_size, tile_size)
+    return tiles
+
+
+def tile_static(
+    image: Image.Image | npt.NDArray[Any], tile_size: int = 448, *, pad2square: bool = False, name: str = "image"
+) -> npt.NDArray[np.uint8]:
+    """uint8 (1, tile_size, tile_size, 3): the whole image as one tile (`dynamic_image_size=False`).
+
+    With `pad2square` it is first centred on a square of its longer side, which may hold at most `MAX_PIXELS`.
+    """
+    picture = _picture(image)
+    if pad2square:
+        width, height = picture.size
+        side = max(width, height)
+        if side**2 > MAX_PIXELS:
+            raise InvalidRequestError(f"{name}: padded to {side}x{side} exceeds the limit of {MAX_PIXELS} pixels")
+        square = Image.new("RGB", (side, side), PAD_COLOUR)
+        square.paste(picture, ((side - width) // 2, (side - height) // 2))
+        picture = square
+    return _resized(picture, tile_size, tile_size)[None].copy()  # writable, as the tiles of `tile_image` are
+
+
+def _picture(image: Image.Image | npt.NDArray[Any]) -> Image.Image:
+    """RGB picture with at least one pixel."""
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, "image")
+    elif not isinstance(image, Image.Image):
+        raise InvalidRequestError(f"image: a PIL image or a uint8 array is expected, got {type(image).__name__}")
+    if min(image.size) < 1:
+        raise InvalidRequestError(f"image: {image.width}x{image.height} has no pixels")
+    return _to_rgb(image, "image")
+
+
+def _resized(picture: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """uint8 (height, width, 3), read-only: Pillow's antialiased bicubic."""
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))

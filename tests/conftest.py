@@ -1,0 +1,42 @@
+"""Threads, markers and sampling for every test."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch: workers that run side by side share the cores instead of fighting for them, and no
+# test reaches for the network.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A machine under load must not fail a test by its clock; CI draws the same examples every time.
+settings.register_profile("vitrail", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("vitrail")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smoke", action="store_true", help="of every test function, run one parameter set only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            skip = pytest.mark.skip(reason="no CUDA device")
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(skip)
+    if config.getoption("--smoke"):
+        keep_one_of_each(config, items)
+
+
+def keep_one_of_each(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect all parameter sets but the first of each test function."""
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    dropped = [item for item in items if first[item.nodeid.partition("[")[0]] is not item]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]

@@ -1,0 +1,64 @@
+"""README.md is executed: its code runs, and what it names exists."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [body for named, body in fences if named == language]
+
+
+def command_lines(program: str) -> list[list[str]]:
+    """The words of every line of README's plain blocks that starts with `program`, comments dropped."""
+    lines = [line.partition(" #")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line.split() for line in lines if line.startswith(f"{program} ")]
+
+
+def run_vitrail(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sysconfig.get_path("scripts")) / "vitrail"), *arguments]
+    wide = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_quick_start_runs_and_answers() -> None:
+    [quick_start] = blocks("python")
+    assert len([line for line in quick_start.splitlines() if line.strip()]) <= 10
+    done = subprocess.run(
+        [sys.executable, "-c", quick_start], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    answer, *_, streamed = done.stdout.splitlines()
+    assert re.search(r"\d", answer)
+    assert streamed == answer
+
+
+def test_the_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {words[1] for words in command_lines("make")} | set(re.findall(r"`make ([a-z-]+)`", README))
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("command", sorted({words[1] for words in command_lines("vitrail")}))
+def test_the_commands_exist_with_the_options_that_are_shown(command: str) -> None:
+    done = run_vitrail(command, "--help")
+    assert done.returncode == 0, done.stderr
+    line = next(line for block in blocks("") for line in block.splitlines() if line.startswith(f"vitrail {command} "))
+    for option in re.findall(r"--[a-z][a-z-]*", line):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_links_between_documents_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []

@@ -1,0 +1,151 @@
+"""Stage 1: the vision half alone learns to say what every cell of a picture holds.
+
+The drawing knows where everything is, so each visual token is asked for its character, its place in its string, what
+the string is for, which item, day or bar it belongs to, and so on (`bench.nano.picture.LABELS`). The small linear head
+that answers is dropped afterwards: what stays is a token that holds this knowledge in a form the language half can
+look up.
+
+    python tools/nano/vision_stage.py --out /tmp/nano/vision.pt --minutes 20
+"""
+
+import argparse
+import itertools
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from architecture import make_config, new_model
+from schedule import Clock, learning_rate
+from tiles import cut_labels, cut_tiles
+from torch import Tensor, nn
+
+from vitrail.bench.nano.picture import IGNORED, LABELS
+from vitrail.bench.nano.tasks import KINDS, draw_picture
+from vitrail.bench.nano.vocabulary import Split
+from vitrail.runtime.models.internvl import InternVLModel
+
+SHARES = {"receipt": 8, "sign": 4, "table": 4, "chart": 3, "object": 2, "shapes": 5}
+EMPTY_WEIGHT = 0.25  # of the cells that hold nothing of a kind, against those that do
+
+
+def draw_batch(pictures: int, split: Split, start: int, kind: str | None = None) -> tuple[Tensor, Tensor]:
+    """Tiles (n, 224, 224, 3) uint8 and labels (n, 64, labels) int64 of numbered pictures."""
+    tiles, labels = [], []
+    for number in range(start, start + pictures):
+        rng = random.Random(f"kind {number}")
+        chosen = kind or rng.choices(list(SHARES), list(SHARES.values()))[0]
+        picture = draw_picture(chosen, split, number)
+        cut, marks = cut_tiles(picture), cut_labels(picture)
+        if len(cut) > 1 and rng.random() < 0.6:  # most thumbnails teach nothing new
+            cut, marks = cut[:-1], marks[:-1]
+        tiles.append(cut)
+        labels.append(marks)
+    return torch.from_numpy(np.concatenate(tiles)), torch.from_numpy(np.concatenate(labels)).long()
+
+
+class Heads(nn.Module):
+    """One linear classifier per label, on normed visual tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, sum(LABELS.values()))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        normed = F.rms_norm(tokens.float(), tokens.shape[-1:])
+        return self.linear(normed).split(list(LABELS.values()), dim=-1)
+
+
+def label_loss(scores: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Mean over labels of the cross-entropy, cells that hold something weighing most."""
+    total = scores[0].new_zeros(())
+    for place, (name, score) in enumerate(zip(LABELS, scores, strict=True)):
+        wanted = labels[..., place].flatten()
+        each = F.cross_entropy(score.flatten(0, -2).float(), wanted, ignore_index=IGNORED, reduction="none")
+        filled = wanted > 0
+        if name == "index":  # 0 is a place too
+            filled = labels[..., 0].flatten() > 0
+            each = each * filled
+        total = total + each[filled].sum() / filled.sum().clamp(min=1)
+        total = total + EMPTY_WEIGHT * each[~filled].sum() / (~filled).sum().clamp(min=1)
+    return total
+
+
+@torch.no_grad()
+def measure(model: InternVLModel, heads: Heads, device: torch.device, pictures: int = 20) -> str:
+    """Accuracy per label on held-out pictures, over the cells that hold something; `empty` over the others."""
+    right = dict.fromkeys((*LABELS, "empty"), 0)
+    count = dict.fromkeys((*LABELS, "empty"), 0)
+    for kind in KINDS:
+        tiles, labels = draw_batch(pictures, "held-out", 0, kind)
+        with torch.autocast(device.type, torch.bfloat16):
+            scores = heads(model.encode_tiles(tiles.to(device)))
+        for place, (name, score) in enumerate(zip(LABELS, scores, strict=True)):
+            wanted, found = labels[..., place], score.argmax(-1).cpu()
+            filled = labels[..., 0] > 0 if name == "index" else wanted > 0
+            right[name] += int((wanted == found)[filled].sum())
+            count[name] += int(filled.sum())
+            if name == "field":
+                right["empty"] += int((wanted == found)[~filled].sum())
+                count["empty"] += int((~filled).sum())
+    return " ".join(f"{name} {100 * right[name] / count[name]:.1f}" for name in count)
+
+
+def train(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    config = make_config(512, vit_width=args.width, vit_layers=args.layers, llm_layers=args.llm_layers)
+    model = new_model(config).to(device)
+    heads = Heads(config["llm_config"]["hidden_size"]).to(device)
+    if args.resume:
+        state = torch.load(args.resume, map_location=device)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+    trained = [*model.vision_model.parameters(), *model.projector.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    encode = torch.compile(model.encode_tiles, dynamic=True) if args.compile else model.encode_tiles
+    clock = Clock(args.minutes * 60)
+    seen, drawing, last = 0, 0.0, time.perf_counter()
+    for step in itertools.count():
+        fraction = clock.fraction
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * learning_rate(step, fraction, decay_from=0.4)
+        began = time.perf_counter()
+        tiles, labels = draw_batch(args.batch, "train", args.first + step * args.batch)
+        drawing += time.perf_counter() - began
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            tokens = encode(tiles.to(device))
+        loss = label_loss(heads(tokens), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 2.0)
+        optimizer.step()
+        seen += len(tiles)
+        if time.perf_counter() - last > args.report or fraction >= 1:
+            took = time.perf_counter() - last
+            print(f"{clock.elapsed:6.0f} s step {step} loss {loss.item():.3f} {seen / took:.0f} tiles/s "
+                  f"drawing {drawing / took:.0%} | {measure(model, heads, device)}", flush=True)  # fmt: skip
+            torch.save({"model": model.state_dict(), "heads": heads.state_dict(), "config": config}, args.out)
+            seen, drawing, last = 0, 0.0, time.perf_counter()
+        if fraction >= 1:
+            break
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    parser.add_argument("--first", type=int, default=0, help="number of the first picture; a resumed run goes on")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--llm-layers", type=int, default=4)
+    parser.add_argument("--report", type=float, default=60, help="seconds between measurements")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    train(parser.parse_args())
