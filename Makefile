@@ -40,7 +40,7 @@ lint: $(VENV)/.dev .mypy/vitrail
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tools/nano
+	$(BIN)/mypy --no-namespace-packages tools/nano
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

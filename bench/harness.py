@@ -130,11 +130,12 @@ def environment() -> dict[str, Any]:
     # Results are left out: the first script of a run writes its file, and must not make the tree dirty for the second.
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
     script = Path(sys.argv[0]).resolve()
+    program = f"bench/{script.name}" if script.parent == HERE else script.name
     return {
         "commit": commit,
         "dirty": bool(changed) if commit else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([f"bench/{script.name}" if script.parent == HERE else script.name, *sys.argv[1:]]),
+        "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -7,9 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors, image
+    from . import errors, image, pdf, video
     from .api import Runtime, generate
-    from .request import GenerationConfig, GenerationOutput, SamplingParams, StreamDelta, Usage, VisualTokens
+    from .request import (
+        GenerationConfig,
+        GenerationOutput,
+        SamplingParams,
+        StreamDelta,
+        Usage,
+        VisionFeatures,
+        VisualTokens,
+    )
     from .weights import expected_tensors
 
 _SOURCES = {
@@ -21,9 +29,10 @@ _SOURCES = {
     "SamplingParams": "request",
     "StreamDelta": "request",
     "Usage": "request",
+    "VisionFeatures": "request",
     "VisualTokens": "request",
 }
-_MODULES = ("errors", "image")
+_MODULES = ("errors", "image", "pdf", "video")
 
 __all__ = [
     "GenerationConfig",
@@ -32,11 +41,14 @@ __all__ = [
     "SamplingParams",
     "StreamDelta",
     "Usage",
+    "VisionFeatures",
     "VisualTokens",
     "errors",
     "expected_tensors",
     "generate",
     "image",
+    "pdf",
+    "video",
 ]
 
 

@@ -35,11 +35,12 @@ from .video import sample_frames
 from .weights import load_model, resolve_checkpoint
 
 Images = ImageSource | Sequence[ImageSource] | None
-VideoSource = str | Path | bytes
+# A file, its bytes, or frames that were sampled already.
+Video = str | Path | bytes | Sequence[ImageSource]
 History = Sequence[tuple[str, str]]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_CALL_KEYWORDS = ("images", "video", "history", "system", "generation_config", "use_tqdm", "request_id")
+_CONVERSATION_KEYWORDS = ("images", "video", "history", "system", "generation_config")
 _FRAMES_PER_VIDEO = 8
 
 
@@ -93,7 +94,6 @@ class Runtime:
             max_model_len=self.max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
         )
-        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -177,7 +177,7 @@ class Runtime:
         prompt: str,
         images: Images = None,
         *,
-        video: VideoSource | None = None,
+        video: Video | None = None,
         history: History | None = None,
         system: str | None = None,
         generation_config: GenerationConfig | None = None,
@@ -191,7 +191,7 @@ class Runtime:
         prompt: Sequence[str],
         images: Sequence[Images] | None = None,
         *,
-        video: VideoSource | None = None,
+        video: Video | None = None,
         history: History | None = None,
         system: str | None = None,
         generation_config: GenerationConfig | None = None,
@@ -204,7 +204,7 @@ class Runtime:
         prompt: str | Sequence[str],
         images: Any = None,
         *,
-        video: VideoSource | None = None,
+        video: Video | None = None,
         history: History | None = None,
         system: str | None = None,
         generation_config: GenerationConfig | None = None,
@@ -215,12 +215,13 @@ class Runtime:
 
         images: one image or a list of them; with a list of prompts, one such entry per prompt.
         An `<image>` in the prompt marks where an image goes; without marks images stand before it.
-        video: frames are sampled from it and stand before the prompt. history: earlier (question, answer) pairs.
+        video: a file, of which 8 frames are sampled evenly, or a list of frames; they stand before the prompt.
+        history: earlier (question, answer) pairs.
         gen_kwargs: any field of `GenerationConfig`, on top of `generation_config`.
         A single bad prompt raises; in a list it becomes an output whose `finish_reason` is "error", and the others
         are answered.
         """
-        config = self._config(generation_config, gen_kwargs)
+        config = _config(generation_config, gen_kwargs, *_CONVERSATION_KEYWORDS, "use_tqdm")
         if isinstance(prompt, str):
             conversation = self._conversation(prompt, images, video, history, system)
             return self._finish(self._submit(conversation, config))
@@ -243,30 +244,43 @@ class Runtime:
             given = f"{len(per_prompt)} entries" if isinstance(per_prompt, list | tuple) else type(per_prompt).__name__
             raise InvalidRequestError(f"{len(prompts)} prompts need a list of as many image entries, not {given}")
         submitted: list[Request | VitrailError] = []
-        for prompt, own_images in zip(prompts, per_prompt, strict=True):
-            try:
-                submitted.append(self._submit(self._conversation(prompt, own_images, None, None, system), config))
-            except VitrailError as error:
-                submitted.append(error)
-        outputs = []
+        outputs: list[GenerationOutput] = []
+        # Enough ahead to keep every row busy; more would only hold tiles in memory.
+        ahead = 2 * self.engine.max_num_seqs
         try:
-            for item in tqdm(submitted, desc="generating", unit="prompt", disable=not use_tqdm):
-                try:
-                    outputs.append(_failure(item) if isinstance(item, VitrailError) else self._finish(item))
-                except VitrailError as error:
-                    outputs.append(_failure(error))
+            with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not use_tqdm) as bar:
+                for index in range(len(prompts) + ahead):
+                    if index < len(prompts):
+                        submitted.append(self._try_submit(prompts[index], per_prompt[index], system, config))
+                    if 0 <= index - ahead < len(prompts):
+                        outputs.append(self._outcome(submitted[index - ahead]))
+                        bar.update()
         finally:
-            for item in submitted:
+            for item in submitted[len(outputs) :]:
                 if isinstance(item, Request):
                     self.engine.abort(item.request_id)
         return outputs
+
+    def _try_submit(
+        self, prompt: str, images: Images, system: str | None, config: GenerationConfig
+    ) -> Request | VitrailError:
+        try:
+            return self._submit(self._conversation(prompt, images, None, None, system), config)
+        except VitrailError as error:
+            return error
+
+    def _outcome(self, item: Request | VitrailError) -> GenerationOutput:
+        try:
+            return _failure(item) if isinstance(item, VitrailError) else self._finish(item)
+        except VitrailError as error:
+            return _failure(error)
 
     def stream(
         self,
         prompt: str,
         images: Images = None,
         *,
-        video: VideoSource | None = None,
+        video: Video | None = None,
         history: History | None = None,
         system: str | None = None,
         generation_config: GenerationConfig | None = None,
@@ -277,7 +291,7 @@ class Runtime:
 
         The request is checked and queued at once, so that a mistake raises here and not at the first delta.
         """
-        config = self._config(generation_config, gen_kwargs)
+        config = _config(generation_config, gen_kwargs, *_CONVERSATION_KEYWORDS, "request_id")
         conversation = self._conversation(prompt, images, video, history, system)
         return self.engine.stream(self._submit(conversation, config, request_id))
 
@@ -293,7 +307,7 @@ class Runtime:
         `image_url` parts take data URLs, and files below `allowed_local_media_path`; `image` parts take whatever
         `generate` takes. An `<image>` that stands in a text part is text.
         """
-        config = self._config(generation_config, gen_kwargs)
+        config = _config(generation_config, gen_kwargs, "messages", "generation_config")
         return self._finish(self._submit(conversation_of(messages, media_path=self.media_path), config))
 
     async def agenerate(
@@ -302,10 +316,18 @@ class Runtime:
         """`generate` of one prompt without blocking the event loop. Cancelling the task aborts the request."""
         config, conversation = await asyncio.to_thread(self._read_call, prompt, images, keywords)
         name = request_id or uuid4().hex
+        cancelled = threading.Event()
+
+        def submit() -> Request:
+            request = self._submit(conversation, config, name)
+            if cancelled.is_set():  # while the images were read, when there was nothing to abort yet
+                self.abort(name)
+            return request
+
         try:
-            request = await asyncio.to_thread(self._submit, conversation, config, name)
-            return await asyncio.to_thread(self._finish, request)
+            return await asyncio.to_thread(self._finish, await asyncio.to_thread(submit))
         except asyncio.CancelledError:
+            cancelled.set()
             self.abort(name)
             raise
 
@@ -313,7 +335,7 @@ class Runtime:
         self, prompt: str, images: Images, keywords: dict[str, Any]
     ) -> tuple[GenerationConfig, Conversation]:
         call = {key: keywords.pop(key, None) for key in ("video", "history", "system", "generation_config")}
-        config = self._config(call.pop("generation_config"), keywords)
+        config = _config(call.pop("generation_config"), keywords, *_CONVERSATION_KEYWORDS, "request_id")
         return config, self._conversation(prompt, images, **call)
 
     def abort(self, request_id: str) -> bool:
@@ -325,6 +347,7 @@ class Runtime:
     @torch.inference_mode()
     def encode_image(self, image: ImageSource, max_tiles: int | None = None) -> VisualTokens:
         """The visual tokens of one image; `.tokens` is (num_tiles * tokens_per_tile, llm hidden), on the device."""
+        self._check_open()
         tiles, grid = self.processor.tile(image, _tile_limit(max_tiles))
         tokens = self.model.encode_tiles(torch.from_numpy(tiles).to(self.engine.device))
         return VisualTokens(tokens.flatten(0, 1), len(tiles), grid)
@@ -340,6 +363,7 @@ class Runtime:
         total_max_tiles: int | None = None,
     ) -> Usage:
         """What `generate` would report for the prompt, from image headers alone: nothing is decoded or run."""
+        self._check_open()
         conversation = self._conversation(prompt, images, None, history, system)
         limits = GenerationConfig(max_tiles=max_tiles, total_max_tiles=total_max_tiles)
         return self.processor.count(
@@ -354,6 +378,7 @@ class Runtime:
         Returns, for each layer asked for, `class_token` (n, hidden), `patches` (n, rows, columns, hidden) and `pooled`
         (n, 2 * hidden), the class token followed by the mean patch.
         """
+        self._check_open()
         config = self.model.config
         pictures = [
             self.processor.tile_static(source, name=f"image {index}")
@@ -397,8 +422,7 @@ class Runtime:
 
     def close(self) -> None:
         """Abort what runs and let go of the model. Later calls raise `InvalidRequestError`."""
-        if not self._closed:
-            self._closed = True
+        if not self.engine.closed:
             self.engine.close()
             del self.model
 
@@ -410,28 +434,34 @@ class Runtime:
 
     # --- inside ---
 
-    def _config(self, base: GenerationConfig | None, keywords: Mapping[str, Any]) -> GenerationConfig:
-        return GenerationConfig.from_kwargs(base, keywords, also_known=_CALL_KEYWORDS)
+    def _check_open(self) -> None:
+        if self.engine.closed:
+            raise InvalidRequestError("this Runtime is closed")
 
     def _conversation(
-        self, prompt: str, images: Images, video: VideoSource | None, history: History | None, system: str | None
+        self, prompt: str, images: Images, video: Video | None, history: History | None, system: str | None
     ) -> Conversation:
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt must be a string, not {type(prompt).__name__}")
+        if system is not None and not isinstance(system, str):
+            raise InvalidRequestError(f"system must be a string, not {type(system).__name__}")
         pictures = [Picture(source) for source in _as_list(images)]
         turns: list[tuple[str, str | None]] = list(_checked_history(history))
         if video is not None:
             if pictures:
                 raise InvalidRequestError("give images or a video, not both")
-            frames = sample_frames(video, _FRAMES_PER_VIDEO, limits=self.limits)
+            frames: Sequence[ImageSource]
+            if isinstance(video, str | Path | bytes):
+                frames = sample_frames(video, _FRAMES_PER_VIDEO, limits=self.limits)
+            else:
+                frames = video
             pictures = [Picture(frame, max_tiles=1) for frame in frames]
         label = "Image" if video is None else "Frame"
         question = place_images(prompt, len(pictures), has_history=bool(turns), label=label)
         return Conversation([*turns, (question, None)], pictures, system)
 
     def _submit(self, conversation: Conversation, config: GenerationConfig, request_id: str | None = None) -> Request:
-        if self._closed:
-            raise InvalidRequestError("this Runtime is closed")
+        self._check_open()
         start = perf_counter()
         prepared = self.processor.prepare(
             conversation, max_tiles=config.max_tiles, total_max_tiles=config.total_max_tiles
@@ -493,10 +523,17 @@ def _as_list(images: Images) -> list[ImageSource]:
 
 
 def _checked_history(history: History | None) -> History:
+    if history is not None and not isinstance(history, list | tuple):
+        raise InvalidRequestError(f"history must be a list of (question, answer), not {type(history).__name__}")
     for number, turn in enumerate(history or (), start=1):
         if not (isinstance(turn, tuple | list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise InvalidRequestError(f"history: turn {number} must be a (question, answer) pair of strings")
     return [(question, answer) for question, answer in history or ()]
+
+
+def _config(base: GenerationConfig | None, keywords: Mapping[str, Any], *call_keywords: str) -> GenerationConfig:
+    """`base` with `keywords` on top; `call_keywords` are the call's own, which a misspelling may be nearest to."""
+    return GenerationConfig.from_kwargs(base, keywords, also_known=call_keywords)
 
 
 def _tile_limit(max_tiles: int | None) -> int | None:

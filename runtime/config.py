@@ -7,7 +7,7 @@ Sizes have no defaults: a model is always built from its own file, never from it
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import log, sqrt
+from math import inf, isclose, log, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class VisionConfig:
                 f"vision_config: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if self.image_size < self.patch_size:
+            raise ConfigError(f"vision_config: image_size {self.image_size} is below patch_size {self.patch_size}")
 
     @property
     def head_dim(self) -> int:
@@ -88,6 +90,8 @@ class DecoderConfig:
                 f"llm_config: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise ConfigError(f"llm_config: head_dim {self.head_dim} is odd; rotary positions turn channels in pairs")
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -118,6 +122,8 @@ class InternVLConfig:
     pad2square: bool
 
     def __post_init__(self) -> None:
+        if not isclose(self.downsample_ratio * self.shuffle_factor, 1):
+            raise ConfigError(f"downsample_ratio {self.downsample_ratio} is not 1 over a whole number")
         patches = self.tile_size // self.vision.patch_size
         if self.tile_size % self.vision.patch_size or patches % self.shuffle_factor:
             raise ConfigError(
@@ -177,7 +183,17 @@ class _Section:
         return int(self._get(key, (int,), default))
 
     def number(self, key: str, default: Any = ...) -> float:
-        return float(self._get(key, (float, int), default))
+        value = self._get(key, (float, int), default)
+        if not 0 < value < inf:  # JSON as Python reads it also has NaN and Infinity
+            raise ConfigError(f"{self.name}: `{key}` must be positive and finite, found {value}")
+        return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        values = self.values.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise ConfigError(f"{self.name}: `{key}` must list {count} numbers")
+        entries = _Section({f"{key}[{index}]": value for index, value in enumerate(values)}, self.name)
+        return tuple(entries.number(entry) for entry in entries.values)
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._get(key, (bool,), default))
@@ -222,18 +238,15 @@ def _parse_rope_scaling(section: _Section, max_position_embeddings: int, head_di
         return RopeScaling(rope_type="linear" if kind == "linear" else "dynamic", factor=scaling.number("factor"))
     if kind in ("longrope", "su"):
         original = section.size("original_max_position_embeddings")
-        factors = {}
-        for key in ("short_factor", "long_factor"):
-            values = scaling.values.get(key)
-            if not isinstance(values, list) or len(values) != head_dim // 2:
-                raise ConfigError(f"{scaling.name}: `{key}` must list {head_dim // 2} numbers")
-            factors[key] = tuple(float(value) for value in values)
+        if original == 1:
+            raise ConfigError(f"{section.name}: `original_max_position_embeddings` must be above 1")
         return RopeScaling(
             rope_type="longrope",
             factor=max_position_embeddings / original,
+            short_factor=scaling.numbers("short_factor", head_dim // 2),
+            long_factor=scaling.numbers("long_factor", head_dim // 2),
             original_max_position_embeddings=original,
             attention_factor=_longrope_attention_factor(max_position_embeddings / original, original),
-            **factors,
         )
     raise ConfigError(f"{scaling.name}: unknown type {kind!r}; known: linear, dynamic, longrope, su")
 
@@ -269,6 +282,8 @@ def _parse_decoder(values: Any) -> DecoderConfig:
 
     heads = section.size("num_attention_heads")
     hidden_size = section.size("hidden_size")
+    if section.values.get("head_dim") is None and hidden_size % heads:
+        raise ConfigError(f"llm_config: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
     head_dim = section.size("head_dim", hidden_size // heads)
     max_positions = section.size("max_position_embeddings")
     sliding_window = section.values.get("sliding_window")
@@ -339,6 +354,6 @@ def load_config(source: str | Path | Mapping[str, Any]) -> InternVLConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or 'cannot be read'}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path}: not valid JSON") from None
     return parse_config(values)

@@ -115,7 +115,10 @@ def check_size(width: int, height: int, limits: ImageLimits, name: str) -> None:
 
 def local_file(source: str | os.PathLike[str], name: str) -> Path:
     """The path of a non-empty regular file; nothing that looks like a URL is followed."""
-    text = os.fspath(source)
+    try:
+        text = os.fsdecode(source)
+    except TypeError:
+        raise InvalidRequestError(f"{name}: a path or bytes are expected, got {type(source).__name__}") from None
     shown = repr(text if len(text) <= 200 else text[:200] + "...")  # one line, whatever the name holds
     if isinstance(source, str) and re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
         raise InvalidRequestError(f"{name}: URLs are not fetched here, pass a path or the bytes instead of {shown}")

@@ -204,7 +204,7 @@ def min_p(logits: Tensor, p: Tensor) -> Tensor:
 
 def draw(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
     """A token id for each row of `logits` [n, vocab]: where the row's cumulative probability passes its `uniform`."""
-    cumulative = logits.softmax(-1).double().cumsum(-1)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     # Counted from the far end, the target is above 0 and at most the total: a token of probability 0 is never hit.
     shares = torch.tensor([1 - uniform for uniform in uniforms], dtype=torch.float64, device=logits.device)
     return torch.searchsorted(cumulative, cumulative[:, -1:] * shares[:, None]).squeeze(-1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, InvalidRequestError, UnsupportedError
-from .vocabulary import BytePairVocabulary, SentencePieceVocabulary, Vocabulary, leading_token, qwen2_description
+from .vocabulary import BytePairVocabulary, SentencePieceVocabulary, Vocabulary, qwen2_description
 
 # These open, fill and close image places, whether or not a checkpoint's files call them special.
 _IMAGE_TOKENS = frozenset({"<img>", "</img>", "<IMG_CONTEXT>"})
@@ -216,7 +216,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         bos, eos, adds_bos = None, "<|endoftext|>", False
     elif fast:
         vocabulary = BytePairVocabulary(folder / "tokenizer.json", fast, reserved)
-        bos, eos = leading_token(fast.get("post_processor")), None
+        bos, eos = vocabulary.leading_token, None
         adds_bos = bos is not None if config.get("add_bos_token") is None else bool(config["add_bos_token"])
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         raise UnsupportedError(f"{folder}: vocab.json and merges.txt of a {kind}; vitrail knows Qwen2Tokenizer's")

@@ -120,12 +120,12 @@ def _opened(source: Path | bytes) -> Iterator[tuple["InputContainer", "VideoStre
 
 
 def _read_timeline(container: "InputContainer", stream: "VideoStream", name: str) -> _Timeline:
-    count, discarded, timed, keys = 0, 0, set[int](), []
+    seekable = container.format.name in _SEEKABLE
+    count, timed, keys = 0, set[int](), []
     for packet in container.demux(stream):
-        if packet.size == 0:  # the flush at the end
-            continue
-        if packet.is_discard:  # what an edit list cuts off
-            discarded += 1
+        if packet.is_corrupt and seekable:  # shorter than the index says
+            raise InvalidRequestError(f"{name}: cannot decode: the file is cut off")
+        if packet.size == 0 or packet.is_discard:  # the flush at the end, and what an edit list leaves out
             continue
         count += 1
         if count > MAX_SOURCE_FRAMES:
@@ -134,9 +134,8 @@ def _read_timeline(container: "InputContainer", stream: "VideoStream", name: str
             timed.add(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
-    seekable = container.format.name in _SEEKABLE
-    if count == 0 or (seekable and count + discarded < stream.frames):  # MP4 says how many there must be
-        raise InvalidRequestError(f"{name}: cannot decode: the file is cut off")
+    if count == 0:
+        raise InvalidRequestError(f"{name}: cannot decode: no frames")
     timestamps = sorted(timed) if seekable and len(timed) == count else []
     fps = float(stream.average_rate) if stream.average_rate else None
     return _Timeline(stream.width, stream.height, count, fps, timestamps, sorted(keys))

@@ -124,7 +124,8 @@ class BytePairVocabulary:
     """A `tokenizer.json` of type BPE, given as the object in it.
 
     It is built without added tokens, without the reserved pieces and without the merges that touch those, so that no
-    text can become one; their names and ids are still known.
+    text can become one; their names and ids are still known. `leading_token` is the one that its post-processor puts
+    before every text, if any.
     """
 
     def __init__(self, source: Path, description: dict[str, Any], reserved: Reserved) -> None:
@@ -137,26 +138,27 @@ class BytePairVocabulary:
         if not _types(decoder) & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise UnsupportedError(f"{source}: its decoder is neither byte-level nor sentencepiece's")
         self._ids: dict[str, int] = model["vocab"]
-        self._pieces = {index: piece for piece, index in self._ids.items()}
         self._unknown = model.get("unk_token")
         self._from_byte = _byte_of_character() if "ByteLevel" in _types(decoder) else None
-        bare = {
-            **description,
-            "added_tokens": [],
-            "post_processor": None,
-            "truncation": None,
-            "padding": None,
-            "model": _without(model, {t for t, i in self._ids.items() if t != self._unknown and reserved(t, i)}),
-        }
         try:
-            self._first = tokenizers.Tokenizer.from_str(json.dumps(bare))
+            self._pieces = {index: piece for piece, index in self._ids.items()}
+            bare = {
+                **description,
+                "added_tokens": [],
+                "post_processor": None,
+                "truncation": None,
+                "padding": None,
+                "model": _without(model, {t for t, i in self._ids.items() if t != self._unknown and reserved(t, i)}),
+            }
             # Metaspace's "first" means the start of the prompt, which a later run is not.
             later = _replaced(bare, {"type": "Metaspace", "prepend_scheme": "first"}, {"prepend_scheme": "never"})
+            self._first = tokenizers.Tokenizer.from_str(json.dumps(bare))
             self._later = self._first if later == bare else tokenizers.Tokenizer.from_str(json.dumps(later))
-        except Exception as error:  # the library raises nothing narrower
+            self.leading_token = _leading_token(description.get("post_processor"))
+            self.dropped_spaces = _leading_strip(decoder)
+        except Exception as error:  # the library, which checks most of it, raises nothing narrower
             raise CheckpointError(f"{source}: not a readable tokenizer: {error}") from error
         self.size = 1 + max(self._pieces, default=-1)
-        self.dropped_spaces = _leading_strip(decoder)
         self.prefixes_runs = b"".join(map(self.token_bytes, self.encode("a", at_start=False))).startswith(b" ")
 
     def encode(self, text: str, at_start: bool) -> list[int]:
@@ -192,18 +194,6 @@ def qwen2_description(vocab: dict[str, Any], merges: str) -> dict[str, Any]:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": lines},
     }
-
-
-def leading_token(post_processor: Any) -> str | None:
-    """The token that a `tokenizer.json`'s post-processor puts before every text."""
-    if not isinstance(post_processor, dict):
-        return None
-    for part in post_processor.get("processors", []):
-        if token := leading_token(part):
-            return token
-    single = post_processor.get("single") or [{}]
-    token = single[0].get("SpecialToken", {}).get("id")
-    return None if token is None else str(token)
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -257,3 +247,15 @@ def _leading_strip(decoder: Any) -> int:
         older = "always" if decoder.get("add_prefix_space", True) else "never"
         return int(decoder.get("prepend_scheme", older) != "never")
     return sum(map(_leading_strip, decoder.get("decoders", [])))
+
+
+def _leading_token(post_processor: Any) -> str | None:
+    """The token that a `tokenizer.json`'s post-processor puts before every text."""
+    if not isinstance(post_processor, dict):
+        return None
+    for part in post_processor.get("processors", []):
+        if token := _leading_token(part):
+            return token
+    single = post_processor.get("single") or [{}]
+    token = single[0].get("SpecialToken", {}).get("id")
+    return None if token is None else str(token)

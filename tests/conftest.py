@@ -16,9 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 settings.register_profile("vitrail", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("vitrail")
 
+SMOKE_EXAMPLES = 10
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--smoke", action="store_true", help="of every test function, run one parameter set only")
+    parser.addoption(
+        "--smoke", action="store_true", help="one parameter set of every test, few examples of every property"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,8 +39,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def keep_one_of_each(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect all parameter sets but the first of each test function."""
+    """Deselect all parameter sets but the first of each test function, and draw few examples where it draws any."""
     first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
     dropped = [item for item in items if first[item.nodeid.partition("[")[0]] is not item]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
+    for item in items:
+        function = getattr(item, "obj", None)
+        # Hypothesis keeps a test's settings under this name, and has no public way to lower them from outside.
+        chosen = getattr(function, "_hypothesis_internal_use_settings", None)
+        if chosen is not None:
+            lowered = settings(chosen, max_examples=min(chosen.max_examples, SMOKE_EXAMPLES))
+            function._hypothesis_internal_use_settings = lowered

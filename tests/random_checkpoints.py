@@ -109,13 +109,20 @@ def random_tiles(count: int, side: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
 
 
-def build(config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> InternVLModel:
+def build(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> InternVLModel:
     """The model on the CPU."""
     return build_model(parse_config(config), weights.items(), dtype=dtype, device=torch.device("cpu"))
 
 
 def write_checkpoint(
-    folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], *, shards: int = 1, suffix: str = ".safetensors"
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    shards: int = 1,
+    suffix: str = ".safetensors",
 ) -> None:
     """Write `config.json` and the weights, as one file or as `shards` files with an index; tensors dealt in turn."""
     folder.mkdir(parents=True, exist_ok=True)

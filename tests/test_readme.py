@@ -62,3 +62,11 @@ def test_the_commands_exist_with_the_options_that_are_shown(command: str) -> Non
 def test_the_links_between_documents_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
+
+
+def test_the_map_names_files_that_exist() -> None:
+    words = re.findall(r"`([\w/.]+(?:/|\.py))`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+    rooms = ("kernels", "runtime", "export", "bench", "tests", "tools", "examples")
+    paths = [f"/{path.relative_to(ROOT)}" for room in rooms for path in [ROOT / room, *(ROOT / room).rglob("*")]]
+    assert words
+    assert [word for word in words if not any(path.endswith(f"/{word.rstrip('/')}") for path in paths)] == []

@@ -60,7 +60,7 @@ class Request:
     finished: float | None = None
     vision_ms: float = 0.0
     deltas: deque[StreamDelta] = field(default_factory=deque)
-    error: Exception | None = None
+    error: VitrailError | None = None
 
     @property
     def completions(self) -> list[Completion]:
@@ -119,8 +119,11 @@ class Engine:
         self.cache: KVCache | None = None
         self.waiting: deque[Request] = deque()
         self.running: list[tuple[Request, Sequence]] = []
+        self.closed = False
         self._requests: dict[str, Request] = {}
         self._lock = threading.RLock()
+        self._in_step = False
+        self._dropped: list[str] = []  # ids aborted in the middle of a step
 
     def submit(
         self, request_id: str, prepared: Prepared, config: GenerationConfig, preprocess_ms: float = 0.0
@@ -159,6 +162,8 @@ class Engine:
         now = perf_counter()
         request = Request(request_id, prepared, config, sequences, planned, inv_freq, now, preprocess_ms)
         with self._lock:
+            if self.closed:
+                raise InvalidRequestError("this Runtime is closed")
             if request_id in self._requests:
                 raise InvalidRequestError(f"request id {request_id!r} is in use")
             self._requests[request_id] = request
@@ -167,7 +172,13 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[StreamDelta]:
         """Deltas of a request as they come; leaving the loop early aborts it. Raises the request's own error."""
+        deltas = self._stream(request)
+        next(deltas)  # one that was never started would not abort the request when it is closed or dropped
+        return deltas
+
+    def _stream(self, request: Request) -> Iterator[StreamDelta]:
         try:
+            yield StreamDelta("", [])  # `stream` takes this one
             while True:
                 with self._lock:
                     if not request.deltas and request.finished is None:
@@ -182,20 +193,27 @@ class Engine:
         if request.error is not None:
             raise request.error
 
+    @torch.inference_mode()
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is and free what it holds. Returns whether there was one."""
         with self._lock:
             request = self._requests.get(request_id)
             if request is None:
                 return False
-            self._finish(request, "abort")
+            if self._in_step:  # the garbage collector closes a dropped stream wherever this thread happens to be
+                self._dropped.append(request_id)
+            else:
+                self._finish(request, "abort")
             return True
 
     def close(self) -> None:
         """Abort every request and let go of the model and the cache."""
         with self._lock:
+            if self.closed:
+                return
             for request_id in list(self._requests):
                 self.abort(request_id)
+            self.closed = True
             self.cache = None
             del self.model
 
@@ -203,10 +221,16 @@ class Engine:
     def step(self) -> None:
         """Admit what fits, otherwise decode one token of every running sequence."""
         with self._lock:
-            if admitted := self._admit():
-                self._prefill(admitted)
-            elif self.running:
-                self._decode()
+            self._in_step = True
+            try:
+                if admitted := self._admit():
+                    self._start(admitted)
+                elif self.running:
+                    self._decode()
+            finally:
+                self._in_step = False
+                while self._dropped:
+                    self.abort(self._dropped.pop())
 
     # --- admission and prefill ---
 
@@ -225,20 +249,37 @@ class Engine:
             rows, length = needed_rows, needed_length
             request.admitted = perf_counter()
             admitted.append(self.waiting.popleft())
-        if admitted:
-            self._reserve(rows, length)
         return admitted
 
-    def _reserve(self, rows: int, length: int) -> None:
-        """Make the cache hold `rows` sequences of `length` tokens, keeping what runs."""
-        cache = self.cache
-        if cache is not None and cache.rows >= rows and cache.length >= length:
-            return
-        if cache is not None and self.running:
-            rows, length = max(rows, cache.rows), max(length, cache.length)
+    def _start(self, requests: list[Request]) -> None:
+        """Find memory for admitted requests and prefill them; what fails here fails those that have no row yet."""
+        try:
+            self._reserve(requests)
+            self._prefill(requests)
+        except BaseException as error:
+            started = [request for request, _ in self.running]
+            for request in requests:
+                if request.finished is None and request not in started:
+                    self._fail(request, error)
+            if not isinstance(error, Exception):  # an interrupt is for the caller
+                raise
+
+    def _reserve(self, requests: list[Request]) -> None:
+        """Make the cache hold what runs, which is kept, and the sequences of `requests`."""
+        cache, running = self.cache, len(self.running)
+        rows = running + sum(len(request.sequences) for request in requests)
+        length = max(request.planned_length for request in [*requests, *(request for request, _ in self.running)])
+        if cache is not None:
+            if cache.rows >= rows and cache.length >= length:
+                return
+            # What was needed once is needed again, as long as both fit together.
+            if max(rows, cache.rows) * max(length, cache.length) <= self.max_cached_tokens:
+                rows, length = max(rows, cache.rows), max(length, cache.length)
+        if not running:
+            cache = self.cache = None  # its memory goes back before the new one is taken
         grown = KVCache(self.model.config.llm, rows, length, dtype=self.dtype, device=self.device)
-        if cache is not None and self.running:
-            grown.copy_from(cache, len(self.running))
+        if cache is not None:
+            grown.copy_from(cache, running)
         self.cache = grown
 
     def _prefill(self, requests: list[Request]) -> None:
@@ -339,8 +380,18 @@ class Engine:
 
     # --- endings ---
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """Close a request for an error; one that is not ours is wrapped, so that a caller meets only ours."""
+        if not isinstance(error, VitrailError):
+            inside = error
+            error = VitrailError(f"the request failed inside vitrail: {type(inside).__name__}: {inside}")
+            error.__cause__ = inside
         request.error = error
+        if self.cache is not None:
+            for row, (owner, _) in enumerate(self.running):
+                if owner is request:
+                    # NaN in masked places still reaches a sum: the row's next sequence must not find any.
+                    self.cache.clear_row(row)
         self._finish(request, "error")
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

@@ -125,7 +125,7 @@ class Processor:
         caps = [wanted if picture.max_tiles is None else min(wanted, picture.max_tiles) for picture in pictures]
         if not config.dynamic_image_size:
             caps = [1] * len(caps)
-        floor = min([config.min_dynamic_patch, *caps])
+        floor = config.min_dynamic_patch  # gives way to an image's own lower cap
         if total_max_tiles is not None and pictures:
             caps = share_tiles(sizes, caps, total_max_tiles, config.tile_size, floor, config.use_thumbnail)
         num_tiles = [

@@ -32,6 +32,11 @@ class KVCache:
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
 
+    def clear_row(self, row: int) -> None:
+        """Forget all that row `row` holds, NaN included."""
+        self.keys[:, row].zero_()
+        self.values[:, row].zero_()
+
     def copy_from(self, other: "KVCache", rows: int) -> None:
         """Take over the first `rows` rows of a smaller cache."""
         length = min(self.length, other.length)

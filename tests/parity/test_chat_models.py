@@ -112,7 +112,7 @@ def test_visual_tokens_agree_when_positions_are_interpolated(stored: int, compar
 @torch.no_grad()
 def test_visual_tokens_agree_when_an_inner_layer_is_selected(compare: Compare) -> None:
     pair = make_pair(8, architecture="Qwen2ForCausalLM", vision={"num_hidden_layers": 6}, select_layer=-4)
-    assert len(pair.ours.vision_model.encoder["layers"]) == 3
+    assert len(pair.ours.vision_model.encoder.layers) == 3
     theirs = pair.theirs.get_image_features(pixel_values(pair.tiles)).pooler_output
     compare("visual tokens of layer -4", pair.ours.encode_tiles(pair.tiles), theirs)
 

@@ -2,8 +2,9 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -27,10 +28,8 @@ QWEN2_WORDS = (
 
 
 def added_token(text: str, *, special: bool = True, rstrip: bool = False) -> dict[str, Any]:
-    return {
-        **{"content": text, "lstrip": False, "normalized": not special, "rstrip": rstrip},
-        **{"single_word": False, "special": special},
-    }
+    flags = {"lstrip": False, "normalized": not special, "rstrip": rstrip, "single_word": False, "special": special}
+    return {"content": text, **flags}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -40,26 +39,34 @@ def write_json(path: Path, value: Any) -> None:
 def train_sentencepiece(**options: Any) -> bytes:
     model = io.BytesIO()
     settings = {
-        **{"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "character_coverage": 0.98},
-        **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True},
-        **{"allow_whitespace_only_pieces": True, "hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2},
+        "vocab_size": 420,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "hard_vocab_limit": False,
+        "num_threads": 1,
+        "minloglevel": 2,
+        **options,
     }
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(CORPUS * 5), model_writer=model, **{**settings, **options}
-    )
+    sentencepiece.SentencePieceTrainer.Train(sentence_iterator=iter(CORPUS * 5), model_writer=model, **settings)
     return model.getvalue()
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make(tokens, words, rstrip, config, **training)`: a folder with `tokenizer.model` and the files that add `tokens`
-    (special) and `words` (not special), numbered from the end of the vocabulary."""
+    """`make(tokens, rstrip, config, **training)`: a folder with a `tokenizer.model` and the files that add `tokens`.
+
+    The added tokens are special and numbered from the end of the vocabulary.
+    """
 
     def make(
-        tokens: list[str] = [*CHATML, *INTERNVL_TOKENS],
-        words: list[str] = [],
+        tokens: Sequence[str] = (*CHATML, *INTERNVL_TOKENS),
         rstrip: bool = False,
-        config: dict[str, Any] = {},
+        config: Mapping[str, Any] = MappingProxyType({}),
         **training: Any,
     ) -> Path:
         folder = tmp_path_factory.mktemp("sentencepiece")
@@ -68,8 +75,7 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         base = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
         added = {i: added_token(text) for i, text in enumerate(("<unk>", "<s>", "</s>"))}
         added |= {base + i: added_token(text, rstrip=rstrip) for i, text in enumerate(tokens)}
-        added |= {base + len(tokens) + i: added_token(text, special=False) for i, text in enumerate(words)}
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": tokens}
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": [*tokens]}
         write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, **names, **config})
         return folder
 
@@ -78,9 +84,12 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 @pytest.fixture(scope="session")
 def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make(words, config)`: a folder with Qwen2's `vocab.json` and `merges.txt`, and the files that add its tokens."""
+    """`make(words)`: a folder with Qwen2's `vocab.json` and `merges.txt`, and the files that add its tokens.
 
-    def make(words: list[str] = ["<tool_call>", "<think>", "</think>"], config: dict[str, Any] = {}) -> Path:
+    `words` are added tokens that are not special.
+    """
+
+    def make(words: Sequence[str] = ("<tool_call>", "<think>", "</think>")) -> Path:
         folder = tmp_path_factory.mktemp("qwen2")
         byte_pairs = Tokenizer(models.BPE())
         byte_pairs.normalizer = normalizers.NFC()
@@ -99,7 +108,7 @@ def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         added |= {base + 3 + len(words) + i: added_token(text) for i, text in enumerate(INTERNVL_TOKENS)}
         named = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
         listed = {"additional_special_tokens": [*tokens[1:], *INTERNVL_TOKENS], "tokenizer_class": "Qwen2Tokenizer"}
-        write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, **named, **listed, **config})
+        write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, **named, **listed})
         return folder
 
     return make

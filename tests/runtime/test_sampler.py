@@ -254,7 +254,8 @@ def test_a_row_of_broken_logits_fails_alone(poison: float, keywords: dict[str, A
 def test_a_request_that_rules_out_every_token_fails_alone() -> None:
     logits = random_logits(3, vocab=4)
     forbidden = [[token] for token in range(4)]
-    for keywords in ({}, {"temperature": 1.0}):
+    several: list[dict[str, Any]] = [{}, {"temperature": 1.0}]
+    for keywords in several:
         before, impossible, after = sample(logits, [state(), state(bad_ids=forbidden, **keywords), state()])
         assert isinstance(before, Sampled)
         assert isinstance(after, Sampled)

@@ -1,5 +1,7 @@
 """The tokenizer: ids of the official slow tokenizers, text that stays text, answers decoded as they arrive."""
 
+import contextlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable
@@ -91,6 +93,13 @@ def tokenizers(internlm2: Path, llamas: dict[bool, Path], qwen2: Path, sentencep
     return [load_tokenizer(folder) for folder in (internlm2, *llamas.values(), qwen2, squeezing)]
 
 
+@pytest.fixture(scope="module")
+def spacings(sentencepiece_folder: Make) -> list[Path]:
+    """Models that decode one leading space away, none, and all of them."""
+    options: list[dict[str, Any]] = [{}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}]
+    return [sentencepiece_folder(**option) for option in options]
+
+
 # ---- ids of the official tokenizers
 
 
@@ -111,16 +120,14 @@ def test_internlm2_encodes_each_run_between_control_tokens_by_its_sentencepiece_
 def test_internlm2_follows_its_model_where_that_puts_a_space_before_each_run(sentencepiece_folder: Make) -> None:
     folder = sentencepiece_folder(config={"tokenizer_class": "InternLM2Tokenizer", "legacy": False})
     tokenizer = load_tokenizer(folder)
-    runs = tokenizer.encode(["What", Control("<|im_end|>"), "What"], add_bos=False)
-    assert runs[:1] + runs[-1:] == [tokenizer.token_to_id("▁What")] * 2 or runs == [
-        *tokenizer.encode("What", add_bos=False),
-        tokenizer.token_to_id("<|im_end|>"),
-        *tokenizer.encode("What", add_bos=False),
-    ]
+    run = tokenizer.encode("the", add_bos=False)
+    assert run == [tokenizer.token_to_id("▁the")]
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert tokenizer.encode(["the", Control("<|im_end|>"), "the"], add_bos=False) == [*run, end, *run]
 
 
 class SlowLlama(SentencePieceBackend):  # type: ignore[misc]
-    """LLaMA's slow tokenizer: transformers' sentencepiece code with the `tokenize` that transformers 4 had for LLaMA."""
+    """LLaMA's slow tokenizer: transformers' sentencepiece code, and the `tokenize` that its version 4 had for LLaMA."""
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if self.legacy or not text:
@@ -188,7 +195,7 @@ class SlowQwen2:
         ids = []
         for word in regex.findall(QWEN2_WORDS, unicodedata.normalize("NFC", text)):
             parts = [self.characters[byte] for byte in word.encode()]
-            while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in self.ranks]:
+            while pairs := [pair for pair in itertools.pairwise(parts) if pair in self.ranks]:
                 best = min(pairs, key=self.ranks.__getitem__)
                 merged: list[str] = []
                 for part in parts:
@@ -387,27 +394,17 @@ def test_decoding_gives_back_the_text_that_was_encoded(tokenizers: list[Tokenize
 
 @given(text=fragments)
 @examples
-def test_sentencepiece_ids_are_decoded_as_the_model_decodes_them(sentencepiece_folder: Make, text: str) -> None:
-    for options in ({}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}):
-        folder = _once(sentencepiece_folder, config={"tokenizer_class": "InternLM2Tokenizer"}, **options)
+def test_sentencepiece_ids_are_decoded_as_the_model_decodes_them(spacings: list[Path], text: str) -> None:
+    for folder in spacings:
         model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         assert load_tokenizer(folder).decode(model.encode(text)) == model.decode(model.encode(text))
-
-
-_made: dict[str, Path] = {}
-
-
-def _once(make: Make, **options: Any) -> Path:
-    return _made.setdefault(repr(options), _made.get(repr(options)) or make(**options))
 
 
 def test_special_tokens_are_left_out_unless_they_are_asked_for(tokenizers: list[Tokenizer]) -> None:
     pieces = [Control("<|im_start|>"), "user\nHi there", Control("<|im_end|>"), "x"]
     for tokenizer in tokenizers:
         ids = tokenizer.encode(pieces, add_bos=False)
-        shown = tokenizer.decode(ids, skip_special_tokens=False)
-        # an answer never holds a line break that this tokenizer squeezed
-        assert shown.replace("\n", " ") == "<|im_start|>user Hi there<|im_end|>x"
+        assert tokenizer.decode(ids, skip_special_tokens=False) == as_string(pieces)
         assert "<|" not in tokenizer.decode(ids)
         assert "Hi there" in tokenizer.decode(ids)
 
@@ -578,7 +575,7 @@ def test_added_tokens_are_read_from_each_file_that_may_hold_them(internlm2: Path
     name=st.sampled_from(["tokenizer_config.json", "tokenizer.json", "added_tokens.json", "vocab.json"]), data=st.data()
 )
 @examples
-def test_any_json_at_all_loads_or_is_refused_in_one_line(
+def test_any_json_at_all_loads_or_is_refused_with_an_error_of_ours(
     tmp_path_factory: pytest.TempPathFactory, qwen2: Path, name: str, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -609,8 +606,5 @@ def test_any_json_at_all_loads_or_is_refused_in_one_line(
     (folder / name).write_text(json.dumps(data.draw(values)))
     if name == "tokenizer.json":
         (folder / "vocab.json").unlink()
-    try:
+    with contextlib.suppress(VitrailError):
         load_tokenizer(folder)
-    except VitrailError as error:
-        assert str(folder) in str(error)
-        assert "\n" not in str(error)

@@ -1,6 +1,7 @@
 """`runtime.video`: the frames the reference would choose, exactly those, and a refusal for everything else."""
 
 import io
+import struct
 import sys
 
 import numpy as np
@@ -186,6 +187,16 @@ def test_a_truncated_mp4_cannot_be_decoded(clip, share):
         sample_frames(clip[: int(share * len(clip))])
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 20), (15, 20), (23, 10)])
+def test_frames_that_an_edit_list_leaves_out_do_not_count(clip, first, count):
+    at = clip.index(b"elst") + 12  # behind the version and the number of entries: duration in ms, first moment in ticks
+    (shift,) = struct.unpack_from(">i", clip, at + 4)
+    trimmed = bytearray(clip)
+    struct.pack_into(">Ii", trimmed, at, 1000 * count // FPS, shift + 10240 * first // FPS)
+    shown = [number_shown(image) for image in sample_frames(bytes(trimmed), 5)]
+    assert shown == [first + index for index in reference_indices(count, 5)]
+
+
 def test_an_mp4_without_its_last_frames_is_cut_off(clip, tmp_path):
     index_first = tmp_path / "clip.mp4"
     with (
@@ -220,6 +231,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         (tmp_path / "none.mp4", "no such file"),
         (tmp_path, "is a directory"),
         ("https://example.org/clip.mp4", "URLs are not fetched here"),
+        (7, "a path or bytes are expected, got int"),
     ):
         with pytest.raises(InvalidRequestError, match=rf"^video: .*{reason}"):
             sample_frames(source)

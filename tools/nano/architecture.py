@@ -87,7 +87,7 @@ def new_model(config: dict[str, Any]) -> InternVLModel:
         for layer in model.language_model.layers:
             layer.attention.o.weight /= depth
             layer.mlp.down.weight /= depth
-        for block in model.vision_model.encoder["layers"]:
+        for block in model.vision_model.encoder.layers:
             block.attn.proj.weight /= depth
             block.mlp.fc2.weight /= depth
         embeddings = model.vision_model.embeddings

@@ -2,23 +2,17 @@
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from vitrail.bench.nano.canvas import TILE_CELLS
 from vitrail.bench.nano.picture import LABELS, Picture
+from vitrail.runtime.image import tile_image
 
 TILE = 224
 
 
 def cut_tiles(picture: Picture) -> npt.NDArray[np.uint8]:
     """(tiles, 224, 224, 3), the thumbnail last where there is more than one."""
-    rows = picture.labels["field"].shape[0] // TILE_CELLS
-    image = Image.fromarray(picture.pixels)
-    whole = np.asarray(image.resize((TILE, TILE * rows)))
-    tiles = [whole[row * TILE : (row + 1) * TILE] for row in range(rows)]
-    if rows > 1:
-        tiles.append(np.asarray(image.resize((TILE, TILE))))
-    return np.stack(tiles)
+    return tile_image(picture.pixels, tile_size=TILE, min_tiles=1, max_tiles=2, use_thumbnail=True)
 
 
 def cut_labels(picture: Picture) -> npt.NDArray[np.int8]:

@@ -5,7 +5,7 @@ the string is for, which item, day or bar it belongs to, and so on (`bench.nano.
 that answers is dropped afterwards: what stays is a token that holds this knowledge in a form the language half can
 look up.
 
-    python tools/nano/vision_stage.py --out /tmp/nano/vision.pt --minutes 20
+    torchrun --nproc-per-node 2 tools/nano/vision_stage.py --out /tmp/nano/vision.pt --minutes 20
 """
 
 import argparse
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from architecture import make_config, new_model
+from parallel import average_gradients, join_workers
 from schedule import Clock, learning_rate
 from tiles import cut_labels, cut_tiles
 from torch import Tensor, nn
@@ -95,6 +96,7 @@ def measure(model: InternVLModel, heads: Heads, device: torch.device, pictures: 
 
 def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
+    rank, workers = join_workers()
     torch.manual_seed(0)
     config = make_config(512, vit_width=args.width, vit_layers=args.layers, llm_layers=args.llm_layers)
     model = new_model(config).to(device)
@@ -108,22 +110,23 @@ def train(args: argparse.Namespace) -> None:
     encode = torch.compile(model.encode_tiles, dynamic=True) if args.compile else model.encode_tiles
     clock = Clock(args.minutes * 60)
     seen, drawing, last = 0, 0.0, time.perf_counter()
+    fraction = 0.0
     for step in itertools.count():
-        fraction = clock.fraction
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(step, fraction, decay_from=0.4)
         began = time.perf_counter()
-        tiles, labels = draw_batch(args.batch, "train", args.first + step * args.batch)
+        tiles, labels = draw_batch(args.batch, "train", args.first + (step * workers + rank) * args.batch)
         drawing += time.perf_counter() - began
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             tokens = encode(tiles.to(device))
         loss = label_loss(heads(tokens), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
+        fraction = average_gradients(trained, workers, clock.fraction)
         nn.utils.clip_grad_norm_(trained, 2.0)
         optimizer.step()
-        seen += len(tiles)
-        if time.perf_counter() - last > args.report or fraction >= 1:
+        seen += len(tiles) * workers
+        if rank == 0 and (time.perf_counter() - last > args.report or fraction >= 1):
             took = time.perf_counter() - last
             print(f"{clock.elapsed:6.0f} s step {step} loss {loss.item():.3f} {seen / took:.0f} tiles/s "
                   f"drawing {drawing / took:.0%} | {measure(model, heads, device)}", flush=True)  # fmt: skip
@@ -138,11 +141,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=8, help="pictures a step and worker")
     parser.add_argument("--first", type=int, default=0, help="number of the first picture; a resumed run goes on")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--llm-layers", type=int, default=4)
     parser.add_argument("--report", type=float, default=60, help="seconds between measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
