@@ -69,6 +69,10 @@ class Runtime:
         scaling = config.llm.rope_scaling
         if scaling is not None and scaling.rope_type == "dynamic":
             longest = int(longest * scaling.factor)
+        if tokenizer.vocab_size > config.llm.vocab_size:
+            raise CheckpointError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.llm.vocab_size}"
+            )
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
@@ -583,9 +587,11 @@ def _control_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _stop_token_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
-    """The template's stop tokens and the tokenizer's own end of text."""
+    """The template's stop tokens, and the language model's own end of text, which chat models emit now and then."""
     ids = {_control_id(tokenizer, token) for token in stops}
-    return frozenset(ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
+    # Qwen2's chat tokenizers call <|im_end|> their end token and keep this one for padding.
+    own = (tokenizer.eos_token_id, tokenizer.token_to_id("<|endoftext|>"))
+    return frozenset(ids.union(token_id for token_id in own if token_id is not None))
 
 
 _runtimes: dict[tuple[str, str], Runtime] = {}

@@ -11,6 +11,7 @@ import platform
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # Wide in a pipe, so that no line of a table is cut where nobody resizes it.
-console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A local folder, a hub id or `nano`.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
@@ -42,18 +43,12 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy; sampling f
 MaxTiles = Annotated[int | None, typer.Option(help="The most tiles an image may take.")]
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line; mistakes of the caller end in one line and exit status 2."""
     try:
-        app(standalone_mode=True)
+        app()
     except VitrailError as error:
         _fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
@@ -140,6 +135,8 @@ def chat(
     history: list[tuple[str, str]] = []
     images: list[Any] = []
     pending: list[Any] = list(image or [])
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are refused as a question, not here
     with _load(model, dtype, device) as runtime:
         while True:
             line = _read_line()
@@ -148,8 +145,12 @@ def chat(
             if line == "/reset":
                 history, images, pending = [], [], []
                 continue
-            if line.startswith("/image "):
-                pending.append(line.removeprefix("/image ").strip())
+            command, _, argument = line.partition(" ")
+            if command == "/image":
+                if argument:
+                    pending.append(argument.strip())
+                else:
+                    print("vitrail: /image needs a file", file=sys.stderr)
                 continue
             if not line:
                 continue
@@ -263,7 +264,7 @@ def doctor(as_json: AsJson = False) -> None:
         "cuda": ("triton", "cuda-python"),
         "quant": ("bitsandbytes",),
         "export": ("onnx", "onnxscript", "onnxruntime"),
-        "tensorrt": ("tensorrt",),
+        "tensorrt": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
         "video": ("av",),
         "pdf": ("pypdfium2",),
         "server": ("fastapi", "uvicorn", "prometheus-client"),
@@ -298,7 +299,7 @@ def doctor(as_json: AsJson = False) -> None:
         found = [f"{name} {number}" for name, number in packages.items() if number]
         missing = [name for name, number in packages.items() if not number]
         if missing:
-            found.append(f"missing {', '.join(missing)} (pip install 'vitrail\\[{extra}]')")
+            found.append(f"missing {', '.join(missing)} (pip install 'vitrail[{extra}]')")
         table.add_row(f"extra {extra}", ", ".join(found))
     console.print(table)
 

@@ -6,6 +6,7 @@ Images come from structured parts only: an `<image>` that a user typed into a te
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from .engine.processor import Conversation, Picture
 from .errors import InvalidRequestError, UnsupportedError
@@ -101,9 +102,12 @@ def _max_tiles(part: Mapping[str, Any], where: str) -> int | None:
     """The most tiles a part allows: `max_dynamic_patch` (or `max_tiles`), else what `detail` stands for."""
     for key in ("max_dynamic_patch", "max_tiles"):
         if part.get(key) is not None:
-            return GenerationConfig(max_tiles=part[key]).max_tiles
-    detail = part.get("detail", "auto")
-    if detail not in _DETAIL_TILES:
+            try:
+                return GenerationConfig(max_tiles=part[key]).max_tiles
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"{where}: {error}") from None
+    detail = "auto" if part.get("detail") is None else part["detail"]
+    if not isinstance(detail, str) or detail not in _DETAIL_TILES:
         raise InvalidRequestError(f"{where}: detail {detail!r} is not known; known: {', '.join(_DETAIL_TILES)}")
     return _DETAIL_TILES[detail]
 
@@ -117,7 +121,10 @@ def _url_source(url: Any, where: str, media_path: Path | None) -> str | Path:
         raise InvalidRequestError(f"{where}: URLs are not fetched; pass a data URL")
     if media_path is None:
         raise InvalidRequestError(f"{where}: local files need allowed_local_media_path")
-    path = Path(url.removeprefix("file://")).resolve()
+    try:
+        path = Path(unquote(url.removeprefix("file://")) if url.startswith("file://") else url).resolve()
+    except (OSError, RuntimeError, ValueError):  # a NUL in the name, links that go in circles
+        raise InvalidRequestError(f"{where}: not a usable path") from None
     if not path.is_relative_to(media_path.resolve()):
         raise InvalidRequestError(f"{where}: the file lies outside allowed_local_media_path")
     return path

@@ -250,8 +250,8 @@ def _joined(pieces: Iterable[str | Control]) -> list[str | Control]:
     for is_control, group in itertools.groupby(pieces, lambda piece: isinstance(piece, Control)):
         if is_control:
             joined += group
-        elif text := "".join(str(piece) for piece in group):
-            joined.append(_encodable(text))
+        elif text := "".join(_encodable(str(piece)) for piece in group):
+            joined.append(text)
     return joined
 
 

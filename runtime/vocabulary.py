@@ -67,13 +67,14 @@ class SentencePieceVocabulary:
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable sentencepiece model") from error
         self.size = self._model.GetPieceSize()
-        self._ids = {piece: index for index, piece in enumerate(self._model.IdToPiece(list(range(self.size))))}
+        self._pieces = self._model.IdToPiece(list(range(self.size)))
+        self._ids = {piece: index for index, piece in enumerate(self._pieces)}
         self._unknown = self._model.unk_id()
         # The unknown token stays: it is what text becomes that the model cannot spell.
         self._reserved = {i for piece, i in self._ids.items() if i != self._unknown and reserved(piece, i)}
         self._legacy = legacy
         self._prefix = " " if prefix_space and not legacy else ""
-        self._guard = self._model.IdToPiece(self._unknown)
+        self._guard = self._pieces[self._unknown]
         self._guard_length = len(self._model.Encode(self._guard, out_type=int))
         self.dropped_spaces = max(self._model_drops(), len(self._prefix))
         self.prefixes_runs = legacy
@@ -97,7 +98,7 @@ class SentencePieceVocabulary:
     def token_bytes(self, index: int) -> bytes:
         if not 0 <= index < self.size:
             return b""
-        piece = self._model.IdToPiece(index)
+        piece = self._pieces[index]
         return bytes.fromhex(piece[3:5]) if self._model.IsByte(index) else piece.replace(_SPACE, " ").encode()
 
     def special_ids(self) -> set[int]:
@@ -112,7 +113,7 @@ class SentencePieceVocabulary:
     def _spelt(self, index: int) -> list[int]:
         """A piece character by character: how text is written that the model holds as one reserved piece."""
         ids: list[int] = []
-        for character in self._model.IdToPiece(index):
+        for character in self._pieces[index]:
             if character in self._ids:
                 ids.append(self._ids[character])
             else:

@@ -5,6 +5,7 @@
 """
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,12 +184,16 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model: a folder, `"nano"`, or a hub id, downloaded or found in the hub's cache."""
     if str(model) == "nano":
         return NANO
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file; give the checkpoint's folder")
     name = str(model)
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a home folder of nobody
+        raise CheckpointError(f"{name}: no such folder ({error})") from None
+    if exists:
+        raise CheckpointError(f"{path}: is a file; give the checkpoint's folder")
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id looks like owner/name)")
     try:
@@ -292,6 +297,9 @@ def _find_shards(folder: Path) -> list[Path]:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise CheckpointError(f"{index}: not a valid index") from None
+            # A shard lies beside its index: a path would let a checkpoint read other files.
+            if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise CheckpointError(f"{index}: not a valid index")
             shards = [folder / name for name in names]
             absent = [shard.name for shard in shards if not shard.is_file()]
             if absent:
@@ -345,9 +353,12 @@ def _read_shards(shards: list[Path], progress: bool | None) -> Iterator[tuple[st
 def _read_pickled(shard: Path) -> dict[str, Tensor]:
     """Tensors of a `.bin` shard; nothing but tensors is unpickled."""
     try:
-        values = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        mapped = zipfile.is_zipfile(shard)
+        values = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a broken or unsafe file
         raise CheckpointError(f"{shard}: not a readable weights file ({type(error).__name__})") from None
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+    flat = isinstance(values, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values.items())
+    if not flat:
         raise CheckpointError(f"{shard}: does not hold a flat map of names to tensors")
     return values

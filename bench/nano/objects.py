@@ -73,7 +73,7 @@ def draw_object(rng: random.Random, split: Split, cell: int | None = None) -> Pi
         Question("object shape", rng.choice(("What shape is the object?", "What shape is it?")), shape),
         Question("caption", rng.choice(("Describe the picture.", "What is in the picture?")), f"a {colour} {shape}"),
     ]
-    return Picture("object", sheet.pixels, questions, sheet.labels)
+    return sheet.picture("object", questions)
 
 
 def draw_shapes(rng: random.Random, split: Split, cell: int | None = None) -> Picture:
@@ -100,6 +100,6 @@ def draw_shapes(rng: random.Random, split: Split, cell: int | None = None) -> Pi
         if number == 1:
             colour = colours[shapes.index(shape)]
             questions.append(Question("colour of a shape", f"What colour is the {shape}?", colour))
-    return Picture("shapes", sheet.pixels, questions, sheet.labels)
+    return sheet.picture("shapes", questions)
 
 

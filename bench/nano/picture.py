@@ -27,6 +27,11 @@ LABELS: dict[str, int] = {
     "colour": 1 + len(COLOURS),
     "kin": 7,  # how many objects have this shape
     "count": 7,  # how many objects there are; known to every cell
+    "previous": 1 + len(CHARACTERS),  # the characters to the left and to the right
+    "next": 1 + len(CHARACTERS),
+    "row 1": 1 + len(CHARACTERS),  # the first three characters of the row: what a price or a table cell belongs to
+    "row 2": 1 + len(CHARACTERS),
+    "row 3": 1 + len(CHARACTERS),
 }
 IGNORED = -1
 
@@ -72,6 +77,18 @@ class Sheet(Canvas):
                 index=min(index, 7), **values,
             )  # fmt: skip
         return tuple((row, column + index) for index in range(len(text)))
+
+    def picture(self, kind: str, questions: list[Question]) -> Picture:
+        """The finished picture."""
+        characters = self.labels["character"]
+        printed = characters > 0
+        self.labels["previous"][:, 1:] = characters[:, :-1]
+        self.labels["next"][:, :-1] = characters[:, 1:]
+        for column in range(3):
+            self.labels[f"row {column + 1}"][:] = characters[:, column, None]
+        for name in ("previous", "next", "row 1", "row 2", "row 3"):
+            self.labels[name][~printed] = 0
+        return Picture(kind, self.pixels, questions, self.labels)
 
 
 def token_index(row: int, column: int) -> int:

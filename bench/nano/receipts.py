@@ -88,7 +88,7 @@ def draw_receipt(rng: random.Random, split: Split, rows: int | None = None, cell
     if spare >= 1 and rng.random() < 0.7:
         farewell = rng.choice(FAREWELLS)
         sheet.write(row + 2 + (spare >= 2), _centred(farewell), farewell, ink, "farewell")
-    return Picture("receipt", sheet.pixels, questions, sheet.labels)
+    return sheet.picture("receipt", questions)
 
 
 def draw_sign(rng: random.Random, split: Split, cell: int | None = None) -> Picture:
@@ -116,7 +116,7 @@ def draw_sign(rng: random.Random, split: Split, cell: int | None = None) -> Pict
         left = rng.choice((_centred(text), rng.randint(0, TILE_CELLS - len(text))))
         cells = sheet.write(top + 1 + 2 * position, left, text, ink, f"sign {kind}")
         questions.append(Question(f"sign {kind}", _ask(rng, WORD if kind == "word" else NUMBER), text, cells))
-    return Picture("sign", sheet.pixels, questions, sheet.labels)
+    return sheet.picture("sign", questions)
 
 
 def draw_table(rng: random.Random, split: Split, cell: int | None = None) -> Picture:
@@ -145,7 +145,7 @@ def draw_table(rng: random.Random, split: Split, cell: int | None = None) -> Pic
             )
             text = _ask(rng, CELL).format(heading.lower(), DAYS[day])
             questions.append(Question("table cell", text, number, cells))
-    return Picture("table", sheet.pixels, questions, sheet.labels)
+    return sheet.picture("table", questions)
 
 
 def draw_chart(rng: random.Random, split: Split, cell: int | None = None) -> Picture:
@@ -175,7 +175,7 @@ def draw_chart(rng: random.Random, split: Split, cell: int | None = None) -> Pic
         if highest:
             questions.append(Question("highest bar", _ask(rng, HIGHEST), name, cells))
     sheet.box(1, 6.96, 8, 7.04, ink)
-    return Picture("chart", sheet.pixels, questions, sheet.labels)
+    return sheet.picture("chart", questions)
 
 
 SHOP = ("What is the name of the shop?", "What is the shop called?", "Which shop is this?")

@@ -107,6 +107,7 @@ class Engine:
         gpu_memory_utilization: float = 0.9,
     ) -> None:
         self.model = model
+        self.config = model.config
         self.tokenizer = tokenizer
         self.context_token_id = context_token_id
         self.stop_token_ids = stop_token_ids
@@ -114,7 +115,7 @@ class Engine:
         self.max_model_len = max_model_len
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        token_bytes = model.config.llm.kv_bytes_per_token * self.dtype.itemsize // 2
+        token_bytes = self.config.llm.kv_bytes_per_token * self.dtype.itemsize // 2
         self.max_cached_tokens = _memory_for_cache(self.device, gpu_memory_utilization) // token_bytes
         self.cache: KVCache | None = None
         self.waiting: deque[Request] = deque()
@@ -129,7 +130,7 @@ class Engine:
         self, request_id: str, prepared: Prepared, config: GenerationConfig, preprocess_ms: float = 0.0
     ) -> Request:
         """Queue a request. Everything that can be wrong with it has been checked by now, or is checked here."""
-        config.check_vocabulary(self.model.config.llm.vocab_size)
+        config.check_vocabulary(self.config.llm.vocab_size)
         prompt_length = len(prepared.token_ids)
         budget = min(config.max_new_tokens, self.max_model_len - prompt_length)
         bad_words = [
@@ -158,7 +159,7 @@ class Engine:
             for index in range(config.n)
         ]
         planned = prompt_length + budget
-        inv_freq = inverse_frequencies(self.model.config.llm, planned).to(self.device)
+        inv_freq = inverse_frequencies(self.config.llm, planned).to(self.device)
         now = perf_counter()
         request = Request(request_id, prepared, config, sequences, planned, inv_freq, now, preprocess_ms)
         with self._lock:
@@ -277,7 +278,7 @@ class Engine:
                 rows, length = max(rows, cache.rows), max(length, cache.length)
         if not running:
             cache = self.cache = None  # its memory goes back before the new one is taken
-        grown = KVCache(self.model.config.llm, rows, length, dtype=self.dtype, device=self.device)
+        grown = KVCache(self.config.llm, rows, length, dtype=self.dtype, device=self.device)
         if cache is not None:
             grown.copy_from(cache, running)
         self.cache = grown
@@ -313,6 +314,8 @@ class Engine:
         start = perf_counter()
         tiles = torch.cat([torch.from_numpy(tiles) for request in requests for tiles in request.prepared.tiles])
         encoded = [self.model.encode_tiles(part.to(self.device)) for part in tiles.split(TILES_PER_BATCH)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that the time below is the vision half's, not its launch
         per_request = torch.cat(encoded).split([sum(request.prepared.num_tiles) for request in requests])
         elapsed_ms = (perf_counter() - start) * 1e3
         for request in requests:

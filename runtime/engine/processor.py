@@ -121,11 +121,13 @@ class Processor:
         sizes = [
             image_size(picture.source, self.limits, name=image_name(index)) for index, picture in enumerate(pictures)
         ]
-        wanted = config.max_dynamic_patch if max_tiles is None else max_tiles
-        caps = [wanted if picture.max_tiles is None else min(wanted, picture.max_tiles) for picture in pictures]
+        caps = [
+            min((cap for cap in (picture.max_tiles, max_tiles) if cap is not None), default=config.max_dynamic_patch)
+            for picture in pictures
+        ]
         if not config.dynamic_image_size:
             caps = [1] * len(caps)
-        floor = config.min_dynamic_patch  # gives way to an image's own lower cap
+        floor = min(config.min_dynamic_patch, max(caps, default=1))  # gives way to lower caps
         if total_max_tiles is not None and pictures:
             caps = share_tiles(sizes, caps, total_max_tiles, config.tile_size, floor, config.use_thumbnail)
         num_tiles = [

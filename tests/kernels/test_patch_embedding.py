@@ -24,9 +24,7 @@ def arguments(n: int, rows: int, columns: int, hidden: int, patch: int) -> Argum
     return tiles, weight, bias, class_token, random(1 + rows * columns, hidden, seed=4), patch
 
 
-def by_loops(
-    tiles: Tensor, weight: Tensor, bias: Tensor, class_token: Tensor, positions: Tensor, patch: int
-) -> Tensor:
+def by_loops(tiles: Tensor, weight: Tensor, bias: Tensor, class_token: Tensor, positions: Tensor, patch: int) -> Tensor:
     """Patch by patch, channel by channel: column c * patch^2 + y * patch + x of the weight meets that pixel."""
     weight, bias, class_token, positions = weight.double(), bias.double(), class_token.double(), positions.double()
     pixels = (tiles.double() / 255 - MEAN) / STD
@@ -86,9 +84,7 @@ def test_on_the_cpu_the_launcher_is_the_reference() -> None:
 
 def test_gradients_flow_to_every_parameter() -> None:
     tiles, *parameters, patch = arguments(2, 2, 3, 5, 4)
-    check_gradients(
-        lambda *p: patch_embedding(tiles, *p, patch), lambda *p: by_loops(tiles, *p, patch), *parameters
-    )
+    check_gradients(lambda *p: patch_embedding(tiles, *p, patch), lambda *p: by_loops(tiles, *p, patch), *parameters)
 
 
 def test_tiles_must_be_uint8_images_with_three_channels() -> None:

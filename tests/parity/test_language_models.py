@@ -133,8 +133,9 @@ def test_phi3_answers_beyond_the_switch(compare: Compare) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}],
-                         ids=["linear", "dynamic"])
+@pytest.mark.parametrize(
+    "scaling", [{"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}], ids=["linear", "dynamic"]
+)
 @pytest.mark.parametrize("tokens", [24, 25, 60])
 def test_llama_with_rope_scaling_before_and_beyond_its_trained_length(
     scaling: dict[str, Any], tokens: int, compare: Compare

@@ -154,9 +154,7 @@ def test_every_entry_reaches_its_field() -> None:
     ],
 )
 @pytest.mark.parametrize("absent", [..., None], ids=["absent", "null"])
-def test_an_absent_or_null_entry_takes_the_official_default(
-    path: Path_, field: str, default: Any, absent: Any
-) -> None:
+def test_an_absent_or_null_entry_takes_the_official_default(path: Path_, field: str, default: Any, absent: Any) -> None:
     base = chat(
         INTERNVIT_300M | {"image_size": 224},
         YI_34B | {"head_dim": 64, "attention_bias": True, "tie_word_embeddings": True},

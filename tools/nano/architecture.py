@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from vitrail.runtime.config import parse_config
 from vitrail.runtime.models.internvl import InternVLModel
 
+PAPER = 2.2  # the value of a light pixel after normalisation
+INK = 0.4
 SYSTEM_MESSAGE = "You read small pictures."
 
 
@@ -71,15 +73,22 @@ def make_config(vocab_size: int, *, vit_width: int, vit_layers: int, llm_layers:
 
 
 def new_model(config: dict[str, Any]) -> InternVLModel:
-    """A model with random weights that trains well: norms and LayerScale at 1, positions a faint 2-D wave."""
+    """A model with random weights that trains well.
+
+    What decides how fast attention between cells is learned is that no part of a token drowns the others: blank paper
+    embeds to nothing, ink about as strongly as the position, a 2-D wave.
+    """
     model = InternVLModel(parse_config(config))
     for name, parameter in model.named_parameters():
         if "norm.weight" in name or "norm1.weight" in name or "norm2.weight" in name or name.endswith(("ls1", "ls2")):
             nn.init.ones_(parameter)
+            if "q_norm" in name or "k_norm" in name:
+                # unit queries and keys cannot attend sharply, and a norm's weight grows slowly
+                parameter.data.fill_(1.5)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif "embedding" in name and "patch" not in name:
-            nn.init.normal_(parameter, std=0.02 if "class" in name else 1.0 / math.sqrt(parameter.shape[-1]))
+            nn.init.normal_(parameter, std=0.3)
         else:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()))
     depth = math.sqrt(2 * len(model.language_model.layers))
@@ -92,7 +101,10 @@ def new_model(config: dict[str, Any]) -> InternVLModel:
             block.mlp.fc2.weight /= depth
         embeddings = model.vision_model.embeddings
         grid, width = embeddings.config.grid_size, embeddings.config.hidden_size
-        embeddings.position_embedding[0, 1:] = 0.5 * _waves(grid, width)
+        embeddings.position_embedding[0, 1:] = _waves(grid, width)
+        weight = embeddings.patch_embedding["weight"]
+        weight *= INK
+        embeddings.patch_embedding["bias"].copy_(-PAPER * weight.sum((1, 2, 3)))
     return model
 
 

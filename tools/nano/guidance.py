@@ -23,11 +23,15 @@ class Guidance:
             config.head_dim,
         )
         self.inv_freq = inv_freq
+        self.entering = torch.empty(0)  # hidden states that the layer was given, (batch, tokens, hidden)
         self._qkv = torch.empty(0)
-        attention = decoder.layers[layer].attention
-        attention.qkv.register_forward_hook(self._listen)
+        decoder.layers[layer].register_forward_pre_hook(self._keep_input)
+        decoder.layers[layer].attention.qkv.register_forward_hook(self._keep_qkv)
 
-    def _listen(self, module: nn.Module, inputs: object, qkv: Tensor) -> None:
+    def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.entering = inputs[0]
+
+    def _keep_qkv(self, module: nn.Module, inputs: tuple[Tensor, ...], qkv: Tensor) -> None:
         self._qkv = qkv
 
     def loss(self, queries: Tensor, sources: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from architecture import SYSTEM_MESSAGE, make_config, new_model
 from conversation import Conversation, ConversationWriter
 from guidance import Guidance
+from labels import Heads, label_loss
 from parallel import average_gradients, join_workers
 from pool import Pool, Seen, look
 from schedule import Clock, learning_rate
@@ -30,11 +31,16 @@ from vitrail.runtime.tokenizer import load_tokenizer
 
 ONE_TILE, TWO_TILES = 64, 192
 MAX_QUESTIONS = 6
+NOT_CAUSAL = ("highest", "kin", "count", "next")  # what a token cannot know from those before it
 
 
 @dataclass(frozen=True)
 class Batch:
-    """embeddings: (n, tokens, hidden). places: (answer tokens, 2), where each is predicted; targets: what it is."""
+    """embeddings: (n, tokens, hidden). places: (answer tokens, 2), where each is predicted; targets: what it is.
+
+    queries, sources: where guided attention starts and should go. image: where visual tokens begin in every sequence;
+    labels: (n, visual tokens, labels) int64, what they show.
+    """
 
     embeddings: Tensor
     places: Tensor
@@ -42,6 +48,8 @@ class Batch:
     queries: Tensor
     sources: Tensor
     owners: list[tuple[int, str]]  # per answer token: number of its question in the batch, and its task
+    image: int
+    labels: Tensor
 
 
 class Trainer:
@@ -87,6 +95,8 @@ class Trainer:
             torch.tensor(queries, device=self.device).view(-1, 2),
             torch.tensor(sources, device=self.device, dtype=torch.long),
             owners,
+            written[0][1].image,
+            torch.stack([seen.labels for seen in pictures]).long().to(self.device),
         )
 
     def logits(self, batch: Batch) -> Tensor:
@@ -128,6 +138,19 @@ def load_vision(model: InternVLModel, path: Path) -> None:
         raise ValueError(f"{path}: its vision half has another shape")
 
 
+@torch.no_grad()
+def centre_visual_tokens(model: InternVLModel, device: torch.device) -> None:
+    """Moves and scales the projector's output to mean 0 and size 1, like the embeddings that it stands among."""
+    tokens = [seen.tokens.float() for kind in KINDS for seen in look(model, kind, "train", range(16), device)]
+    every = torch.cat(tokens)
+    projection = model.projector.linear_2
+    assert projection.bias is not None
+    projection.bias -= every.mean(0)
+    scale = (every - every.mean(0)).square().mean().sqrt()
+    projection.weight /= scale
+    projection.bias /= scale
+
+
 def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     rank, workers = join_workers()
@@ -145,8 +168,15 @@ def train(args: argparse.Namespace) -> None:
     if args.resume:
         model.load_state_dict(torch.load(args.resume, map_location="cpu")["model"])
     model.to(device)
+    if not args.resume:
+        centre_visual_tokens(model, device)
     trainer = Trainer(model, ConversationWriter(tokenizer, SYSTEM_MESSAGE), device, args.layers - 2)
-    trained = list(model.language_model.parameters())
+    heads = Heads(config["llm_config"]["hidden_size"]).to(device)
+    trained = [*model.language_model.parameters(), *heads.parameters()]
+    if args.compile:
+        for place, layer in enumerate(model.language_model.layers):
+            if place != args.layers - 2:  # the guided layer is listened to
+                layer.compile(dynamic=True)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     clock = Clock(args.minutes * 60)
@@ -154,7 +184,11 @@ def train(args: argparse.Namespace) -> None:
     for kind in KINDS:
         for _ in range(args.fill * (3 if kind == "receipt" else 1)):
             pool.add(kind)
-    held_out = [look(model, kind, "held-out", range(24), device) for kind in KINDS]
+    seen_apart = [look(model, kind, "held-out", range(24), device) for kind in KINDS]
+    held_out = [
+        [seen for seen in group if len(seen.tokens) == tokens] for group in seen_apart for tokens in (ONE_TILE, TWO_TILES)
+    ]
+    held_out = [group for group in held_out if group]
     trainer.writer.check(held_out[0][0].questions, len(held_out[0][0].tokens))
     print(f"worker {rank}: pool filled after {clock.elapsed:.0f} s", flush=True)
 
@@ -180,7 +214,11 @@ def train(args: argparse.Namespace) -> None:
         loss = F.cross_entropy(logits, batch.targets)
         guidance = trainer.guidance.loss(batch.queries, batch.sources) if len(batch.sources) else loss.new_zeros(())
         optimizer.zero_grad()
-        (loss + args.guidance * max(0.0, 1 - 2 * fraction) * guidance).backward()
+        first, count_visual = batch.image, batch.labels.shape[1]
+        scores = heads(trainer.guidance.entering[:, first : first + count_visual])
+        knowledge = label_loss(scores, batch.labels, without=NOT_CAUSAL)
+        hints = args.guidance * guidance + args.knowledge * knowledge
+        (loss + max(0.0, 1 - fraction / args.hints_until) * hints).backward()
         fraction = average_gradients(trained, workers, clock.fraction)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -191,7 +229,7 @@ def train(args: argparse.Namespace) -> None:
             accuracy = trainer.measure(held_out)
             if rank == 0:
                 took = time.perf_counter() - last
-                print(f"{clock.elapsed:6.0f} s step {step} loss {loss.item():.3f} guidance {guidance.item():.3f} "
+                print(f"{clock.elapsed:6.0f} s step {step} loss {loss.item():.3f} guidance {guidance.item():.3f} knowledge {knowledge.item():.2f} "
                       f"{seen / took:.1f} pictures/s | "
                       + ", ".join(f"{task} {100 * share:.0f}" for task, share in accuracy.items()), flush=True)  # fmt: skip
                 torch.save({"model": model.state_dict(), "config": config}, args.out)
@@ -213,6 +251,9 @@ if __name__ == "__main__":
     parser.add_argument("--decay-from", type=float, default=0.5)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=0.5)
+    parser.add_argument("--knowledge", type=float, default=0.1, help="weight of what inner visual tokens should know")
+    parser.add_argument("--hints-until", type=float, default=0.6, help="when the two hints have faded out")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--two-tiles-from", type=float, default=0.15)
     parser.add_argument("--pool", type=int, default=1500, help="pictures kept of each kind")
     parser.add_argument("--fill", type=int, default=12, help="times eight pictures of each kind before the first step")

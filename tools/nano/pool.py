@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from tiles import cut_tiles
+from tiles import cut_labels, cut_tiles
 from torch import Tensor
 
 from vitrail.bench.nano.picture import Question
@@ -16,10 +16,11 @@ from vitrail.runtime.models.internvl import InternVLModel
 
 @dataclass(frozen=True)
 class Seen:
-    """tokens: (visual tokens, hidden) bf16."""
+    """tokens: (visual tokens, hidden) bf16. labels: (visual tokens, labels) int8."""
 
     kind: str
     tokens: Tensor
+    labels: Tensor
     questions: list[Question]
 
 
@@ -32,7 +33,9 @@ def look(model: InternVLModel, kind: str, split: Split, numbers: range, device: 
         tokens = model.encode_tiles(torch.cat(tiles).to(device)).to(torch.bfloat16)
     parts = tokens.split([len(cut) for cut in tiles])
     return [
-        Seen(kind, part.flatten(0, 1).clone(), picture.questions)
+        Seen(
+            kind, part.flatten(0, 1).clone(), torch.from_numpy(cut_labels(picture)).flatten(0, 1), picture.questions
+        )
         for picture, part in zip(pictures, parts, strict=True)
     ]
 

@@ -16,20 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from architecture import make_config, new_model
+from labels import Heads, label_loss
 from parallel import average_gradients, join_workers
 from schedule import Clock, learning_rate
 from tiles import cut_labels, cut_tiles
 from torch import Tensor, nn
 
-from vitrail.bench.nano.picture import IGNORED, LABELS
+from vitrail.bench.nano.picture import LABELS
 from vitrail.bench.nano.tasks import KINDS, draw_picture
 from vitrail.bench.nano.vocabulary import Split
 from vitrail.runtime.models.internvl import InternVLModel
 
-SHARES = {"receipt": 8, "sign": 4, "table": 4, "chart": 3, "object": 2, "shapes": 5}
-EMPTY_WEIGHT = 0.25  # of the cells that hold nothing of a kind, against those that do
+SHARES = {"receipt": 7, "sign": 4, "table": 5, "chart": 4, "object": 3, "shapes": 4}
 
 
 def draw_batch(pictures: int, split: Split, start: int, kind: str | None = None) -> tuple[Tensor, Tensor]:
@@ -45,33 +44,6 @@ def draw_batch(pictures: int, split: Split, start: int, kind: str | None = None)
         tiles.append(cut)
         labels.append(marks)
     return torch.from_numpy(np.concatenate(tiles)), torch.from_numpy(np.concatenate(labels)).long()
-
-
-class Heads(nn.Module):
-    """One linear classifier per label, on normed visual tokens."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, sum(LABELS.values()))
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        normed = F.rms_norm(tokens.float(), tokens.shape[-1:])
-        return self.linear(normed).split(list(LABELS.values()), dim=-1)
-
-
-def label_loss(scores: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Mean over labels of the cross-entropy, cells that hold something weighing most."""
-    total = scores[0].new_zeros(())
-    for place, (name, score) in enumerate(zip(LABELS, scores, strict=True)):
-        wanted = labels[..., place].flatten()
-        each = F.cross_entropy(score.flatten(0, -2).float(), wanted, ignore_index=IGNORED, reduction="none")
-        filled = wanted > 0
-        if name == "index":  # 0 is a place too
-            filled = labels[..., 0].flatten() > 0
-            each = each * filled
-        total = total + each[filled].sum() / filled.sum().clamp(min=1)
-        total = total + EMPTY_WEIGHT * each[~filled].sum() / (~filled).sum().clamp(min=1)
-    return total
 
 
 @torch.no_grad()
@@ -107,15 +79,16 @@ def train(args: argparse.Namespace) -> None:
         heads.load_state_dict(state["heads"])
     trained = [*model.vision_model.parameters(), *model.projector.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    encode = torch.compile(model.encode_tiles, dynamic=True) if args.compile else model.encode_tiles
+    encode = torch.compile(model.encode_tiles) if args.compile else model.encode_tiles
     clock = Clock(args.minutes * 60)
     seen, drawing, last = 0, 0.0, time.perf_counter()
     fraction = 0.0
     for step in itertools.count():
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(step, fraction, decay_from=0.4)
+            group["lr"] = args.lr * learning_rate(step, fraction, decay_from=args.decay_from)
         began = time.perf_counter()
         tiles, labels = draw_batch(args.batch, "train", args.first + (step * workers + rank) * args.batch)
+        tiles, labels = tiles[: args.batch], labels[: args.batch]  # always as many: one shape to compile for
         drawing += time.perf_counter() - began
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             tokens = encode(tiles.to(device))
@@ -141,11 +114,12 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=8, help="pictures a step and worker")
+    parser.add_argument("--batch", type=int, default=12, help="pictures drawn and tiles used, a step and worker")
     parser.add_argument("--first", type=int, default=0, help="number of the first picture; a resumed run goes on")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decay-from", type=float, default=0.4)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--llm-layers", type=int, default=4)
     parser.add_argument("--report", type=float, default=60, help="seconds between measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
