@@ -610,6 +610,10 @@ def generate(
 
     runtime_options: keywords of `Runtime.from_pretrained`. The other keywords are those of `Runtime.generate`.
     """
+    # Before the model: a mistake should not cost the minutes that loading takes.
+    call_keywords = (*_CONVERSATION_KEYWORDS, "use_tqdm")
+    settings = {name: value for name, value in keywords.items() if name not in call_keywords}
+    _config(keywords.get("generation_config"), settings, *call_keywords, "model", "runtime_options")
     options = dict(runtime_options or {})
     key = (str(model), repr(sorted(options.items())))
     with _runtimes_lock:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import VitrailError
+from .request import GenerationConfig
 
 if TYPE_CHECKING:
     from .api import Runtime
@@ -83,20 +84,16 @@ def generate(
     """Answer one question, about images if there are any."""
     if sum((bool(image), video is not None, pdf is not None)) > 1:
         _fail("give --image, --video or --pdf, not several of them")
+    # Before the model: a mistake should not cost the minutes that loading takes.
+    config = GenerationConfig(
+        max_tiles=max_tiles, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
     images: list[Any] = list(image or [])
     if pdf is not None:
         from .pdf import render_pages
 
         images = list(render_pages(pdf))
-    keywords: dict[str, Any] = {
-        "video": video,
-        "system": system,
-        "max_tiles": max_tiles,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    keywords: dict[str, Any] = {"video": video, "system": system, "generation_config": config}
     with _load(model, dtype, device) as runtime:
         if stream and not as_json:
             for delta in runtime.stream(prompt, images, **keywords):
@@ -132,6 +129,7 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to a model; answers stream. /image FILE adds an image to the next question, /reset forgets, /quit ends."""
+    config = GenerationConfig(max_tiles=max_tiles, max_new_tokens=max_new_tokens, temperature=temperature)
     history: list[tuple[str, str]] = []
     images: list[Any] = []
     pending: list[Any] = list(image or [])
@@ -158,13 +156,7 @@ def chat(
             try:
                 answer = ""
                 for delta in runtime.stream(
-                    question,
-                    [*images, *pending],
-                    history=history,
-                    system=system,
-                    max_tiles=max_tiles,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
+                    question, [*images, *pending], history=history, system=system, generation_config=config
                 ):
                     print(delta.text, end="", flush=True)
                     answer += delta.text

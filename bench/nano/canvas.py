@@ -27,7 +27,7 @@ def glyph(character: str, cell: int) -> Mask:
     # "ls": baseline-left anchoring keeps all characters of a row on one line
     left = (cell - font.getlength(character)) / 2
     ImageDraw.Draw(square).text((left, cell * 0.91), character, fill=255, font=font, anchor="ls")
-    return np.asarray(square, dtype=np.float32)[:, :, None] / 255
+    return np.asarray(square, dtype=np.float32)[:, :, None] / np.float32(255)
 
 
 class Canvas:

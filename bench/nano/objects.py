@@ -39,7 +39,7 @@ def shape_mask(shape: str, size: int) -> Mask:
         draw.ellipse((side * 0.02, side * 0.02, side * 0.98, side * 0.98), fill=255)
         if shape == "ring":
             draw.ellipse((side * 0.27, side * 0.27, side * 0.73, side * 0.73), fill=0)
-    return np.asarray(image.reduce(SMOOTH), dtype=np.float32)[:, :, None] / 255
+    return np.asarray(image.reduce(SMOOTH), dtype=np.float32)[:, :, None] / np.float32(255)
 
 
 def _place(sheet: Sheet, shape: str, colour: str, left: float, top: float, side: float) -> None:
@@ -101,5 +101,3 @@ def draw_shapes(rng: random.Random, split: Split, cell: int | None = None) -> Pi
             colour = colours[shapes.index(shape)]
             questions.append(Question("colour of a shape", f"What colour is the {shape}?", colour))
     return sheet.picture("shapes", questions)
-
-

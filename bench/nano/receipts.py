@@ -5,7 +5,18 @@ import random
 from .canvas import TILE_CELLS, Colour
 from .picture import FIELDS, KEYS, Picture, Question, Sheet
 from .vocabulary import (
-    BARS, DAYS, FAREWELLS, HEADINGS, INKS, ITEMS, COLOURS, PAPERS, Split, belongs, draw_number, draw_word,
+    BARS,
+    COLOURS,
+    DAYS,
+    FAREWELLS,
+    HEADINGS,
+    INKS,
+    ITEMS,
+    PAPERS,
+    Split,
+    belongs,
+    draw_number,
+    draw_word,
 )  # fmt: skip
 
 MAX_SHIFT = 4

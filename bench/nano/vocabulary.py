@@ -9,9 +9,7 @@ from .canvas import Colour
 Split = Literal["train", "held-out"]
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789$.-"
-ITEMS = (
-    "TEA PIE HAM EGG JAM NUT FIG OIL RYE COD BUN CAN CUP PEN INK TOY HAT BAG SOY PEA YAM GUM ICE POT".split()
-)
+ITEMS = "TEA PIE HAM EGG JAM NUT FIG OIL RYE COD BUN CAN CUP PEN INK TOY HAT BAG SOY PEA YAM GUM ICE POT".split()
 DAYS = {
     "MO": "monday", "TU": "tuesday", "WE": "wednesday", "TH": "thursday", "FR": "friday", "SA": "saturday",
     "SU": "sunday",

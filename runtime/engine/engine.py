@@ -387,7 +387,8 @@ class Engine:
         """Close a request for an error; one that is not ours is wrapped, so that a caller meets only ours."""
         if not isinstance(error, VitrailError):
             inside = error
-            error = VitrailError(f"the request failed inside vitrail: {type(inside).__name__}: {inside}")
+            reason = " ".join(str(inside).split())
+            error = VitrailError(f"the request failed inside vitrail: {type(inside).__name__}: {reason}")
             error.__cause__ = inside
         request.error = error
         if self.cache is not None:

@@ -579,24 +579,37 @@ def test_a_checkpoint_without_dynamic_tiling_shows_each_image_as_one_tile(senten
         assert torch.equal(fixed.encode_image(WIDE).tokens, expected)
 
 
-def test_a_qwen2_checkpoint_speaks_its_own_template(qwen2_folder):
+@pytest.fixture(scope="module")
+def qwen(qwen2_folder):
     folder = write_tiny_model(qwen2_folder(), "Qwen2ForCausalLM", template="internvl2_5")
-    with Runtime.from_pretrained(folder, dtype="float32") as qwen:
-        tokenizer = qwen.tokenizer
-        output = qwen.generate("What is the total?", WIDE, max_new_tokens=5)
-        shown = tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
-        image = "<img>" + "<IMG_CONTEXT>" * 27 + "</img>"
-        assert shown == (
-            "<|im_start|>system\nAnswer.<|im_end|>\n"
-            f"<|im_start|>user\n{image}\nWhat is the total?<|im_end|>\n<|im_start|>assistant\n"
-        )
-        ends = {tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
-        assert qwen.engine.stop_token_ids == ends
-        for end in ends:
-            assert qwen.generate("x", logit_bias={end: 100}).token_ids == [end]
-        together = qwen.generate(PROMPTS, IMAGES, max_new_tokens=5)
-        alone = qwen.generate(PROMPTS[4], IMAGES[4], max_new_tokens=5, logprobs=2)
-        assert_same_answer(alone.outputs[0], together[4].outputs[0])
+    with Runtime.from_pretrained(folder, dtype="float32") as runtime:
+        yield runtime
+
+
+def test_a_qwen2_checkpoint_speaks_its_own_template(qwen):
+    output = qwen.generate("What is the total?", WIDE, max_new_tokens=5)
+    shown = qwen.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+    image = "<img>" + "<IMG_CONTEXT>" * 27 + "</img>"
+    assert shown == (
+        "<|im_start|>system\nAnswer.<|im_end|>\n"
+        f"<|im_start|>user\n{image}\nWhat is the total?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    together = qwen.generate(PROMPTS, IMAGES, max_new_tokens=5)
+    alone = qwen.generate(PROMPTS[4], IMAGES[4], max_new_tokens=5, logprobs=2)
+    assert_same_answer(alone.outputs[0], together[4].outputs[0])
+
+
+def test_a_qwen2_checkpoint_also_stops_at_its_own_end_of_text(qwen):
+    ends = {qwen.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
+    assert qwen.engine.stop_token_ids == ends
+    for end in ends:
+        assert qwen.generate("x", logit_bias={end: 100}).token_ids == [end]
+
+
+def test_bad_words_are_ruled_out_behind_a_space_too(qwen):
+    [word] = qwen.tokenizer.encode(" the", add_bos=False)
+    assert qwen.generate("x", max_new_tokens=3, logit_bias={word: 100}).token_ids == [word] * 3
+    assert word not in qwen.generate("x", max_new_tokens=3, logit_bias={word: 100}, bad_words=["the"]).token_ids
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
@@ -742,6 +755,20 @@ def test_one_runtime_is_kept_for_each_model_and_options(folder, monkeypatch):
     assert loaded == [{"dtype": "float32"}]
     runtime.generate(["hello"], model=folder, runtime_options={"dtype": "float32", "max_num_seqs": 2}, max_new_tokens=1)
     assert loaded[1:] == [{"dtype": "float32", "max_num_seqs": 2}]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"modle": "nano"}, TypeError, "unknown keyword 'modle'; the nearest one is 'model'"),
+        ({"imagse": "a.png"}, TypeError, "unknown keyword 'imagse'; the nearest one is 'images'"),
+        ({"temperature": -1}, InvalidRequestError, "temperature=-1"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(monkeypatch, keywords, error, message):
+    monkeypatch.setattr(Runtime, "from_pretrained", lambda *_args, **_options: 1 / 0)
+    with pytest.raises(error, match=message):
+        runtime.generate("x", **keywords)
 
 
 def test_expected_tensors_are_those_of_a_folder_or_its_config(folder):

@@ -15,7 +15,6 @@ from vitrail.runtime.engine import engine as engine_module
 from vitrail.runtime.engine.engine import Engine
 from vitrail.runtime.engine.processor import Conversation, Picture
 from vitrail.runtime.errors import InvalidRequestError, VitrailError
-from vitrail.runtime.layers.kv_cache import KVCache
 from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.models.decoder import Decoder
 from vitrail.runtime.models.internvl import InternVLModel
@@ -90,6 +89,12 @@ def submit(rt, which, config=None, request_id=None, **keywords):
     return rt.engine.submit(request_id or next(names), rt.processor.prepare(conversation), config)
 
 
+def prompt_of(rt, which):
+    request = submit(rt, which)
+    rt.engine.abort(request.request_id)
+    return request.prepared.token_ids
+
+
 def finish(rt, *requests):
     for request in requests:
         list(rt.engine.stream(request))
@@ -131,16 +136,11 @@ def test_tokens_are_those_of_the_whole_sequence_run_again_for_each(rt, which):
 
 
 def test_a_repetition_penalty_counts_the_prompt_but_not_its_image(rt):
-    request = submit(rt, 3, max_new_tokens=1, repetition_penalty=20.0)
-    visual = torch.cat([rt.model.encode_tiles(torch.from_numpy(tiles)) for tiles in request.prepared.tiles])
-    finish(rt, request)
-    prompt, context = torch.tensor(request.prepared.token_ids), rt.engine.context_token_id
-    x, decoder = rt.model.splice(prompt, visual.flatten(0, 1), context)[None], rt.model.language_model
-    hidden = decoder(x, torch.arange(x.shape[1])[None], inverse_frequencies(decoder.config, x.shape[1]))
-    logits = decoder.logits(hidden[0, -1])
-    for token in set(request.prepared.token_ids) - {context}:
-        logits[token] *= 20 if logits[token] < 0 else 1 / 20
-    assert request.completions[0].token_ids == [int(logits.argmax())]
+    word, context = prompt_of(rt, 3)[-1], rt.engine.context_token_id
+    for penalty, token, expected in ((1.0, word, True), (100.0, word, False), (100.0, context, True)):
+        request = submit(rt, 3, max_new_tokens=1, repetition_penalty=penalty, logit_bias={token: 30.0})
+        finish(rt, request)
+        assert (request.completions[0].token_ids == [token]) is expected
 
 
 requests_drawn = st.lists(
@@ -401,6 +401,17 @@ def test_abort_ends_a_running_request_with_the_text_it_has(rt, alone):
         assert_as_alone(alone, which, request)
 
 
+def test_an_aborted_answer_has_the_text_that_a_stop_string_held_back(rt):
+    finish(rt, whole := submit(rt, 3, ignore_eos=True))
+    request = submit(rt, 3, ignore_eos=True, stop=whole.completions[0].text + " and more")
+    stream = rt.engine.stream(request)
+    assert "".join(next(stream).text for _ in range(4)) == ""
+    rt.engine.abort(request.request_id)
+    held = "".join(delta.text for delta in stream)
+    assert held == request.completions[0].text == rt.tokenizer.decode(request.completions[0].token_ids)
+    assert held
+
+
 def test_abort_from_within_a_step_waits_for_its_end(rt, alone, monkeypatch):
     # As when the garbage collector closes a stream that was dropped, in the middle of this thread's step.
     dropped, kept = submit(rt, 3, ignore_eos=True), [submit(rt, which) for which in (2, 4)]
@@ -478,8 +489,7 @@ def test_a_request_whose_tiles_cannot_be_encoded_fails_alone(rt, alone, monkeypa
 
 
 def test_a_request_that_breaks_the_prefill_fails_alone(rt, alone, monkeypatch):
-    length = len(submit(rt, 2, request_id="measured").prepared.token_ids)
-    rt.engine.abort("measured")
+    length = len(prompt_of(rt, 2))
     forward = Decoder.forward
 
     def forward_or_break(self, x, *args):
@@ -498,7 +508,7 @@ def test_a_request_that_breaks_the_prefill_fails_alone(rt, alone, monkeypatch):
 @pytest.mark.parametrize("at_token", [0, 3])
 @pytest.mark.parametrize("which", range(ROWS))
 def test_a_request_whose_logits_are_not_numbers_fails_alone(rt, alone, monkeypatch, which, at_token):
-    accept = Engine._accept
+    accept, broken = Engine._accept, prompt_of(rt, which)
 
     def accept_with_nan(self, logits, rows):
         logits = logits.clone()
@@ -507,8 +517,6 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(rt, alone, monkeypat
                 logits[row, 5] = torch.nan
         accept(self, logits, rows)
 
-    broken = submit(rt, which, request_id="measured").prepared.token_ids
-    rt.engine.abort("measured")
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "_accept", accept_with_nan)
         error = assert_fails_alone(rt, alone, which, ignore_eos=True)
@@ -557,6 +565,18 @@ def test_nan_in_the_cache_of_one_request_never_reaches_another(rt, alone, monkey
         assert_as_alone(alone, which, request)
 
 
+def test_a_step_that_raises_ends_only_the_request_that_drove_it(rt, alone, monkeypatch):
+    driven, other = submit(rt, 2, ignore_eos=True), submit(rt, 3)
+    rt.engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", lambda *_args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(rt, driven)
+    assert driven.completions[0].finish_reason == "abort"
+    finish(rt, other)
+    assert_as_alone(alone, 3, other)
+
+
 def test_an_interrupt_leaves_no_request_waiting_for_ever(rt, alone, monkeypatch):
     forward = Decoder.forward
 
@@ -595,17 +615,3 @@ def test_times_are_in_order(rt):
     rt.engine.abort(aborted.request_id)
     assert aborted.metrics.vision_ms == 0
     assert aborted.metrics.e2e_ms >= 0
-
-
-def test_a_cache_that_grows_keeps_what_it_held(rt):
-    small = KVCache(rt.model.config.llm, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
-    small.keys.normal_()
-    small.values.normal_()
-    large = KVCache(rt.model.config.llm, 4, 5, dtype=torch.float32, device=torch.device("cpu"))
-    large.copy_from(small, 2)
-    assert torch.equal(large.keys[:, :2, :, :3], small.keys)
-    assert torch.equal(large.values[:, :2, :, :3], small.values)
-    large.clear_row(1)
-    assert not large.keys[:, 1].any()
-    assert not large.values[:, 1].any()
-    assert torch.equal(large.keys[:, 0, :, :3], small.keys[:, 0])

@@ -1,6 +1,6 @@
 """Writes a trained model as an official checkpoint folder: config.json, model.safetensors in bf16, tokenizer files.
 
-    python tools/nano/export.py --model nano.pt --tokenizer DIR --out runtime/assets/nano
+python tools/nano/export.py --model nano.pt --tokenizer DIR --out runtime/assets/nano
 """
 
 import argparse
@@ -24,7 +24,9 @@ def export(source: Path, tokenizer: Path, folder: Path) -> None:
     model.load_state_dict(state["model"])
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint_tensors(model)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it readable by its owner alone
     (folder / "config.json").write_text(json.dumps(state["config"], indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, folder / name)

@@ -25,8 +25,8 @@ class Guidance:
         self.inv_freq = inv_freq
         self.entering = torch.empty(0)  # hidden states that the layer was given, (batch, tokens, hidden)
         self._qkv = torch.empty(0)
-        decoder.layers[layer].register_forward_pre_hook(self._keep_input)
-        decoder.layers[layer].attention.qkv.register_forward_hook(self._keep_qkv)
+        decoder.get_submodule(f"layers.{layer}").register_forward_pre_hook(self._keep_input)
+        decoder.get_submodule(f"layers.{layer}.attention.qkv").register_forward_hook(self._keep_qkv)
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.entering = inputs[0]

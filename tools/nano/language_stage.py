@@ -24,6 +24,7 @@ from pool import Pool, Seen, look
 from schedule import Clock, learning_rate
 from torch import Tensor, nn
 
+from vitrail.bench.nano.picture import LABELS
 from vitrail.bench.nano.tasks import KINDS, TASKS
 from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.models.internvl import InternVLModel
@@ -31,7 +32,9 @@ from vitrail.runtime.tokenizer import load_tokenizer
 
 ONE_TILE, TWO_TILES = 64, 192
 MAX_QUESTIONS = 6
+KIND_WEIGHTS = {"receipt": 1.6, "sign": 1.4, "table": 1.0, "chart": 0.7, "object": 0.7, "shapes": 0.6}
 NOT_CAUSAL = ("highest", "kin", "count", "next")  # what a token cannot know from those before it
+NOT_SOUGHT = tuple(name for name in LABELS if name not in ("field", "index", "key", "heading"))
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Trainer:
             torch.stack(rows),
             torch.tensor(places, device=self.device),
             torch.tensor(targets, device=self.device),
-            torch.tensor(queries, device=self.device).view(-1, 2),
+            torch.tensor(queries, device=self.device, dtype=torch.long).view(-1, 2),
             torch.tensor(sources, device=self.device, dtype=torch.long),
             owners,
             written[0][1].image,
@@ -115,7 +118,9 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16):
                 found = self.logits(batch).argmax(-1)
             correct = (found == batch.targets).tolist()
-            for (_, task), group in itertools.groupby(zip(batch.owners, correct, strict=True), key=lambda pair: pair[0]):
+            for (_, task), group in itertools.groupby(
+                zip(batch.owners, correct, strict=True), key=lambda pair: pair[0]
+            ):
                 right[task].append(all(token for _, token in group))
         return {task: sum(values) / max(1, len(values)) for task, values in right.items()}
 
@@ -123,8 +128,7 @@ class Trainer:
 def kind_shares(accuracy: dict[str, float]) -> dict[str, float]:
     """How often to show each kind: a fixed part, and more the worse its worst task is answered."""
     return {
-        kind: (2.0 if kind == "receipt" else 1.0)
-        * (0.2 + 1 - min(accuracy[task] for task, owner in TASKS.items() if owner == kind))
+        kind: KIND_WEIGHTS[kind] * (0.2 + 1 - min(accuracy[task] for task, owner in TASKS.items() if owner == kind))
         for kind in KINDS
     }
 
@@ -143,12 +147,11 @@ def centre_visual_tokens(model: InternVLModel, device: torch.device) -> None:
     """Moves and scales the projector's output to mean 0 and size 1, like the embeddings that it stands among."""
     tokens = [seen.tokens.float() for kind in KINDS for seen in look(model, kind, "train", range(16), device)]
     every = torch.cat(tokens)
-    projection = model.projector.linear_2
-    assert projection.bias is not None
-    projection.bias -= every.mean(0)
+    weight = model.get_parameter("projector.linear_2.weight")
+    bias = model.get_parameter("projector.linear_2.bias")
     scale = (every - every.mean(0)).square().mean().sqrt()
-    projection.weight /= scale
-    projection.bias /= scale
+    weight.copy_(weight / scale)
+    bias.copy_((bias - every.mean(0)) / scale)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -172,7 +175,8 @@ def train(args: argparse.Namespace) -> None:
         centre_visual_tokens(model, device)
     trainer = Trainer(model, ConversationWriter(tokenizer, SYSTEM_MESSAGE), device, args.layers - 2)
     heads = Heads(config["llm_config"]["hidden_size"]).to(device)
-    trained = [*model.language_model.parameters(), *heads.parameters()]
+    query_heads = Heads(config["llm_config"]["hidden_size"]).to(device)
+    trained = [*model.language_model.parameters(), *heads.parameters(), *query_heads.parameters()]
     if args.compile:
         for place, layer in enumerate(model.language_model.layers):
             if place != args.layers - 2:  # the guided layer is listened to
@@ -186,7 +190,9 @@ def train(args: argparse.Namespace) -> None:
             pool.add(kind)
     seen_apart = [look(model, kind, "held-out", range(24), device) for kind in KINDS]
     held_out = [
-        [seen for seen in group if len(seen.tokens) == tokens] for group in seen_apart for tokens in (ONE_TILE, TWO_TILES)
+        [seen for seen in group if len(seen.tokens) == tokens]
+        for group in seen_apart
+        for tokens in (ONE_TILE, TWO_TILES)
     ]
     held_out = [group for group in held_out if group]
     trainer.writer.check(held_out[0][0].questions, len(held_out[0][0].tokens))
@@ -200,7 +206,7 @@ def train(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(step, fraction, decay_from=args.decay_from)
         questions = rng.randint(1, MAX_QUESTIONS)
-        tokens = TWO_TILES if fraction >= args.two_tiles_from and rng.random() < 0.5 else ONE_TILE
+        tokens = TWO_TILES if fraction >= args.two_tiles_from and rng.random() < args.two_tiles else ONE_TILE
         count = max(2, args.tokens // (tokens + 24 + 20 * min(questions, 6 if tokens == TWO_TILES else 4)))
         if tokens == TWO_TILES:
             pictures = pool.draw(own, "receipt", tokens, count)
@@ -217,7 +223,10 @@ def train(args: argparse.Namespace) -> None:
         first, count_visual = batch.image, batch.labels.shape[1]
         scores = heads(trainer.guidance.entering[:, first : first + count_visual])
         knowledge = label_loss(scores, batch.labels, without=NOT_CAUSAL)
-        hints = args.guidance * guidance + args.knowledge * knowledge
+        askers = trainer.guidance.entering[batch.queries[:, 0], batch.queries[:, 1]]
+        sought = batch.labels[batch.queries[:, 0], batch.sources - first]
+        question = label_loss(query_heads(askers), sought, without=NOT_SOUGHT)
+        hints = args.guidance * guidance + args.knowledge * knowledge + args.question * question
         (loss + max(0.0, 1 - fraction / args.hints_until) * hints).backward()
         fraction = average_gradients(trained, workers, clock.fraction)
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -229,9 +238,11 @@ def train(args: argparse.Namespace) -> None:
             accuracy = trainer.measure(held_out)
             if rank == 0:
                 took = time.perf_counter() - last
-                print(f"{clock.elapsed:6.0f} s step {step} loss {loss.item():.3f} guidance {guidance.item():.3f} knowledge {knowledge.item():.2f} "
-                      f"{seen / took:.1f} pictures/s | "
-                      + ", ".join(f"{task} {100 * share:.0f}" for task, share in accuracy.items()), flush=True)  # fmt: skip
+                losses = {"loss": loss, "guidance": guidance, "knowledge": knowledge, "question": question}
+                shown = [f"{name} {value.item():.2f}" for name, value in losses.items()]
+                tasks = ", ".join(f"{task} {100 * share:.0f}" for task, share in accuracy.items())
+                pace = f"{seen / took:.1f} pictures/s"
+                print(f"{clock.elapsed:.0f} s step {step}", *shown, pace, "|", tasks, flush=True)
                 torch.save({"model": model.state_dict(), "config": config}, args.out)
             seen, last = 0, time.perf_counter()
         if fraction >= 1:
@@ -251,9 +262,11 @@ if __name__ == "__main__":
     parser.add_argument("--decay-from", type=float, default=0.5)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=0.5)
-    parser.add_argument("--knowledge", type=float, default=0.1, help="weight of what inner visual tokens should know")
+    parser.add_argument("--knowledge", type=float, default=0.15, help="weight of what inner visual tokens should know")
+    parser.add_argument("--question", type=float, default=0.2, help="weight of what an answer's next token seeks")
     parser.add_argument("--hints-until", type=float, default=0.6, help="when the two hints have faded out")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--two-tiles", type=float, default=0.25, help="share of steps with receipts on two tiles")
     parser.add_argument("--two-tiles-from", type=float, default=0.15)
     parser.add_argument("--pool", type=int, default=1500, help="pictures kept of each kind")
     parser.add_argument("--fill", type=int, default=12, help="times eight pictures of each kind before the first step")

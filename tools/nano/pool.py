@@ -33,9 +33,7 @@ def look(model: InternVLModel, kind: str, split: Split, numbers: range, device: 
         tokens = model.encode_tiles(torch.cat(tiles).to(device)).to(torch.bfloat16)
     parts = tokens.split([len(cut) for cut in tiles])
     return [
-        Seen(
-            kind, part.flatten(0, 1).clone(), torch.from_numpy(cut_labels(picture)).flatten(0, 1), picture.questions
-        )
+        Seen(kind, part.flatten(0, 1).clone(), torch.from_numpy(cut_labels(picture)).flatten(0, 1), picture.questions)
         for picture, part in zip(pictures, parts, strict=True)
     ]
 

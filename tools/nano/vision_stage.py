@@ -101,8 +101,9 @@ def train(args: argparse.Namespace) -> None:
         seen += len(tiles) * workers
         if rank == 0 and (time.perf_counter() - last > args.report or fraction >= 1):
             took = time.perf_counter() - last
-            print(f"{clock.elapsed:6.0f} s step {step} loss {loss.item():.3f} {seen / took:.0f} tiles/s "
-                  f"drawing {drawing / took:.0%} | {measure(model, heads, device)}", flush=True)  # fmt: skip
+            pace = f"{seen / took:.0f} tiles/s, drawing {drawing / took:.0%}"
+            known = measure(model, heads, device)
+            print(f"{clock.elapsed:.0f} s step {step} loss {loss.item():.2f} {pace} | {known}", flush=True)
             torch.save({"model": model.state_dict(), "heads": heads.state_dict(), "config": config}, args.out)
             seen, drawing, last = 0, 0.0, time.perf_counter()
         if fraction >= 1:

@@ -81,6 +81,16 @@ def test_a_row_is_copied_over_another_up_to_its_length() -> None:
     assert torch.equal(kv.values[:, 1:], values[:, 1:])
 
 
+def test_a_cleared_row_holds_nothing_and_the_others_what_they_held() -> None:
+    kv = cache()
+    kv.keys.fill_(torch.nan)
+    kv.values.fill_(torch.nan)
+    kv.clear_row(1)
+    for held in (kv.keys, kv.values):
+        assert not held[:, 1].any()
+        assert held[:, [0, 2]].isnan().all()
+
+
 @pytest.mark.parametrize(("rows", "length"), [(5, 16), (3, 10), (2, 4)], ids=["larger", "equal", "smaller"])
 def test_a_cache_takes_over_the_rows_of_another(rows: int, length: int) -> None:
     old, new = cache(), cache(rows, length)
