@@ -13,12 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import load_config
-from .engine.engine import Engine, Request
+from .engine.engine import Engine
 from .engine.processor import Conversation, Picture, Prepared, Processor
+from .engine.sequence import Request
 from .errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
 from .image import ImageLimits, ImageSource
 from .messages import conversation_of
 from .models.internvl import InternVLModel
+from .options import at_least_one, read_device, read_dtype, refuse_unavailable
 from .prompt import place_images, stop_tokens
 from .request import (
     Completion,
@@ -39,7 +41,6 @@ Images = ImageSource | Sequence[ImageSource] | None
 Video = str | Path | bytes | Sequence[ImageSource]
 History = Sequence[tuple[str, str]]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CONVERSATION_KEYWORDS = ("images", "video", "history", "system", "generation_config")
 _FRAMES_PER_VIDEO = 8
 
@@ -77,7 +78,7 @@ class Runtime:
         self.model = model
         self.tokenizer = tokenizer
         self.load_ms = load_ms
-        self.max_model_len = _at_least_one("max_model_len", longest if max_model_len is None else max_model_len)
+        self.max_model_len = at_least_one("max_model_len", longest if max_model_len is None else max_model_len)
         if self.max_model_len > longest:
             raise ConfigError(f"max_model_len {max_model_len} exceeds the {longest} positions of {name}")
         self.limits = image_limits or ImageLimits()
@@ -94,7 +95,7 @@ class Runtime:
             tokenizer,
             context_token_id=_control_id(tokenizer, "<IMG_CONTEXT>"),
             stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(self.processor.template)),
-            max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
+            max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
             max_model_len=self.max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
         )
@@ -140,7 +141,7 @@ class Runtime:
         progress: show a loading bar; None means on a terminal only.
         Raises `CheckpointError` or `ConfigError` where the checkpoint is missing or wrong.
         """
-        _refuse_unavailable(
+        refuse_unavailable(
             quantization=(quantization, None),
             vision_quantization=(vision_quantization, None),
             vision_backend=(vision_backend, "torch"),
@@ -153,7 +154,7 @@ class Runtime:
             allowed_media_domains=(tuple(allowed_media_domains), ()),
         )
         start = perf_counter()
-        torch_dtype, torch_device = _dtype(dtype), _device(device)
+        torch_dtype, torch_device = read_dtype(dtype), read_device(device)
         folder = resolve_checkpoint(model, revision)
         config = load_config(folder)
         tokenizer = load_tokenizer(folder)
@@ -542,41 +543,6 @@ def _config(base: GenerationConfig | None, keywords: Mapping[str, Any], *call_ke
 
 def _tile_limit(max_tiles: int | None) -> int | None:
     return GenerationConfig(max_tiles=max_tiles).max_tiles
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known; known: {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {device!r} is not known; use 'cpu', 'cuda' or 'cuda:1'") from None
-    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
-        raise UnsupportedError(f"device {device}: {torch.cuda.device_count()} CUDA devices are visible")
-    if chosen.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device {device}: only 'cpu' and 'cuda' are supported")
-    return chosen
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
-    return value
-
-
-def _refuse_unavailable(**options: tuple[Any, Any]) -> None:
-    """Raise for the first option that is not at its default."""
-    for name, (value, default) in options.items():
-        if value != default:
-            raise UnsupportedError(f"{name}={value!r} is not available yet; only {default!r} is")
 
 
 def _control_id(tokenizer: Tokenizer, token: str) -> int:

@@ -24,7 +24,7 @@ from .errors import CheckpointError
 from .models.internvl import InternVLModel
 
 NANO = Path(__file__).parent / "assets" / "nano"
-_CHECKPOINT_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt")
+_CHECKPOINT_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,8 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     if str(model) == "nano":
         return NANO
     name = str(model)
+    if not name.strip():
+        raise CheckpointError("the model's name is empty: give a folder, a hub id or nano")
     try:
         path = Path(model).expanduser()
         if path.is_dir():
@@ -197,7 +199,10 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id looks like owner/name)")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_CHECKPOINT_FILES))
+        if not list(folder.glob("*.safetensors")):  # only then: many repositories hold their weights in both forms
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_CHECKPOINT_FILES, "*.bin"]))
+        return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = type(error).__name__
         raise CheckpointError(f"{name}: no local folder and no such model on the hub ({reason})") from None

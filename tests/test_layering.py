@@ -30,7 +30,7 @@ LAYERS = (
     ),
     ("runtime.engine",),
     ("runtime.distributed",),
-    ("runtime.api", "runtime.messages"),
+    ("runtime.api", "runtime.messages", "runtime.options"),
     ("runtime.server", "runtime.cli"),
 )
 # The exporters are beside that line: they see the models and what carries them, never the engine.

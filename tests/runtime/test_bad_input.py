@@ -149,7 +149,8 @@ def test_an_image_that_may_not_be_read(rt, files):
         ("x" * 5000, "image 1: cannot read"),
         (["nested"], "image 1: a path, bytes, a PIL image"),
     ],
-    ids=lambda value: repr(value)[:40] if isinstance(value, str | bytes) else None,  # no addresses: workers compare names
+    # No addresses in names: pytest's workers compare them.
+    ids=lambda value: repr(value)[:40] if isinstance(value, str | bytes) else None,
 )
 def test_a_source_that_is_no_image(rt, source, message):
     with pytest.raises(InvalidRequestError) as caught:

@@ -685,3 +685,27 @@ def test_loading_needs_no_more_than_one_shard_beside_the_model(
         print(f"{what}: {excess / 1e6:.1f} MB beside {resident / 1e6:.0f} MB, largest shard {max(sizes) / 1e6:.1f} MB")
         assert resident >= sum(sizes) * 0.98
         assert excess <= max(sizes) + margin, what
+
+
+@pytest.mark.parametrize(("suffix", "calls"), [(".safetensors", 1), (".bin", 2)])
+def test_a_hub_repository_gives_bin_files_only_where_it_has_no_safetensors(
+    suffix: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        if f"*{suffix}" in allow_patterns:
+            (tmp_path / f"weights{suffix}").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    assert weights.resolve_checkpoint("owner/name") == tmp_path
+    assert len(asked) == calls
+    assert "*.bin" not in asked[0]
+    assert (tmp_path / f"weights{suffix}").exists()
+
+
+def test_an_empty_model_name_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="empty"):
+        weights.resolve_checkpoint("")

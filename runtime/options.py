@@ -1,0 +1,47 @@
+"""The options of `Runtime.from_pretrained`, read and checked."""
+
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, UnsupportedError
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of a name, or the dtype itself if it is one that models run in."""
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known; known: {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def read_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name that is present; None is the best one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is not known; use 'cpu', 'cuda' or 'cuda:1'") from None
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
+        raise UnsupportedError(f"device {device}: {torch.cuda.device_count()} CUDA devices are visible")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {device}: only 'cpu' and 'cuda' are supported")
+    return chosen
+
+
+def at_least_one(name: str, value: int) -> int:
+    """`value`, a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+    return value
+
+
+def refuse_unavailable(**options: tuple[Any, Any]) -> None:
+    """Raise for the first option that is not at its default."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise UnsupportedError(f"{name}={value!r} is not available yet; only {default!r} is")
