@@ -50,8 +50,10 @@ def _draw_prices(rng: random.Random, split: Split, count: int) -> tuple[dict[str
         if belongs(split, f"${total / 100:.2f}"):
             break
     for position, item in enumerate(items):  # change prices pairwise until each belongs: the sum stays
+        tries = 0
         while not belongs(split, f"{item} {cents[position] / 100:.2f}"):
-            if position + 1 == count:
+            tries += 1
+            if position + 1 == count or tries > 1000:  # two prices at one end of the range cannot change together
                 return _draw_prices(rng, split, count)
             step = rng.randint(-30, 30)
             if 50 <= cents[position] + step <= 999 and 50 <= cents[position + 1] - step <= 999:
