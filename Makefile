@@ -1,7 +1,8 @@
 # make demo     a correct answer about a bundled image; sets everything up first
 # make test     the tests, at most eight minutes on two cores; sets everything up first
-# make test-all every test, with full counts; hours on a laptop
-# make lint     ruff and strict mypy
+# make test-all every test, with full counts and real sizes
+# make lint     ruff and strict mypy; `make format` repairs what ruff can
+# make smoke    a sample of the slow tests
 # make bench    the benchmarks of this machine and the tables made from them
 # make install  the environment alone, with everything that development needs
 # make clean    removes build outputs and caches; `rm -rf .venv` removes the environment

@@ -10,6 +10,7 @@ Qwen2-0.5B) and random weights: time does not depend on their values.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="timed rounds a stage; each case has its own default")
     parser.add_argument("--out", help="folder of the JSON; bench/results/cpu by default")
     arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are figures of a CPU, whatever else is there
     rows = []
     for name in arguments.models:
         for dtype_name in arguments.dtypes:

@@ -68,7 +68,8 @@ def _is_numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
 
 
 def _measured_on(environment: Mapping[str, Any]) -> str:
-    machine = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+    threads = f"{environment['threads']} thread{'' if environment['threads'] == 1 else 's'}"
+    machine = environment.get("gpu") or f"{environment['cpu']}, {threads}"
     if environment.get("driver"):
         machine += f", driver {environment['driver']}"
     versions = environment["versions"]

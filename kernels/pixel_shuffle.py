@@ -38,5 +38,5 @@ def pixel_shuffle_norm(
 def pixel_shuffle_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, factor: int, version: PixelShuffleVersion
 ) -> Tensor:
-    shuffled = pixel_shuffle(x, factor, version)
+    shuffled = pixel_shuffle_reference(x, factor, version)
     return F.layer_norm(shuffled, (shuffled.shape[-1],), weight, bias, eps)

@@ -14,14 +14,22 @@ from tqdm import tqdm
 
 from .config import load_config
 from .engine.engine import Engine
-from .engine.processor import Conversation, Picture, Prepared, Processor
+from .engine.processor import Conversation, Picture, Processor
 from .engine.sequence import Request
 from .errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
 from .image import ImageLimits, ImageSource
 from .messages import conversation_of
 from .models.internvl import InternVLModel
-from .options import at_least_one, read_device, read_dtype, refuse_unavailable
-from .prompt import place_images, stop_tokens
+from .options import (
+    at_least_one,
+    read_device,
+    read_dtype,
+    read_image_limit,
+    read_positive,
+    read_share,
+    refuse_unavailable,
+)
+from .prompt import IMAGE_MARK, get_template, place_images, stop_tokens
 from .request import (
     Completion,
     GenerationConfig,
@@ -33,16 +41,13 @@ from .request import (
     VisualTokens,
 )
 from .tokenizer import Tokenizer, load_tokenizer
-from .video import sample_frames
+from .video import Video, frames_of
 from .weights import load_model, resolve_checkpoint
 
 Images = ImageSource | Sequence[ImageSource] | None
-# A file, its bytes, or frames that were sampled already.
-Video = str | Path | bytes | Sequence[ImageSource]
 History = Sequence[tuple[str, str]]
 
 _CONVERSATION_KEYWORDS = ("images", "video", "history", "system", "generation_config")
-_FRAMES_PER_VIDEO = 8
 
 
 class Runtime:
@@ -66,10 +71,7 @@ class Runtime:
         load_ms: float = 0.0,
     ) -> None:
         config = model.config
-        longest = config.llm.max_position_embeddings
-        scaling = config.llm.rope_scaling
-        if scaling is not None and scaling.rope_type == "dynamic":
-            longest = int(longest * scaling.factor)
+        longest = config.llm.max_model_len
         if tokenizer.vocab_size > config.llm.vocab_size:
             raise CheckpointError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.llm.vocab_size}"
@@ -87,7 +89,7 @@ class Runtime:
             config,
             tokenizer,
             limits=self.limits,
-            max_images=dict(limit_mm_per_prompt or {}).get("image", 64),
+            max_images=read_image_limit(limit_mm_per_prompt),
             max_model_len=self.max_model_len,
         )
         self.engine = Engine(
@@ -97,7 +99,7 @@ class Runtime:
             stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(self.processor.template)),
             max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
             max_model_len=self.max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
+            gpu_memory_utilization=read_share("gpu_memory_utilization", gpu_memory_utilization),
         )
 
     @classmethod
@@ -151,15 +153,23 @@ class Runtime:
             tensor_parallel_size=(tensor_parallel_size, 1),
             kv_cache_dtype=(kv_cache_dtype, "auto"),
             deterministic=(deterministic, False),
-            allowed_media_domains=(tuple(allowed_media_domains), ()),
+            allowed_media_domains=(tuple(allowed_media_domains or ()), ()),
         )
         start = perf_counter()
+        # All options are read before weights are: a mistake should not cost minutes of loading.
         torch_dtype, torch_device = read_dtype(dtype), read_device(device)
+        image_limits = ImageLimits(
+            at_least_one("max_image_pixels", max_image_pixels),
+            read_positive("max_aspect_ratio", max_aspect_ratio),
+            exif_orientation,
+        )
+        at_least_one("max_num_seqs", max_num_seqs)
+        read_image_limit(limit_mm_per_prompt)
+        read_share("gpu_memory_utilization", gpu_memory_utilization)
         folder = resolve_checkpoint(model, revision)
         config = load_config(folder)
         tokenizer = load_tokenizer(folder)
-        # The template is checked before weights are read: an unknown one should not cost minutes of loading.
-        Processor(config, tokenizer, limits=ImageLimits(), max_images=1, max_model_len=1)
+        get_template(config.template)
         loaded = load_model(folder, config, dtype=torch_dtype, device=torch_device, progress=progress)
         return cls(
             loaded,
@@ -169,7 +179,7 @@ class Runtime:
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
             limit_mm_per_prompt=limit_mm_per_prompt,
-            image_limits=ImageLimits(max_image_pixels, max_aspect_ratio, exif_orientation),
+            image_limits=image_limits,
             allowed_local_media_path=allowed_local_media_path,
             load_ms=(perf_counter() - start) * 1e3,
         )
@@ -307,13 +317,15 @@ class Runtime:
         generation_config: GenerationConfig | None = None,
         **gen_kwargs: Any,
     ) -> GenerationOutput:
-        """Answer an OpenAI-style message list: system, user and assistant messages, text and image parts.
+        """Answer an OpenAI-style message list: system, user and assistant messages, text, image and video parts.
 
-        `image_url` parts take data URLs, and files below `allowed_local_media_path`; `image` parts take whatever
-        `generate` takes. An `<image>` that stands in a text part is text.
+        `image_url` parts take data URLs, and files below `allowed_local_media_path`; `image` and `video` parts take
+        whatever `generate` takes. An `<image>` that stands in a text part is text.
         """
         config = _config(generation_config, gen_kwargs, "messages", "generation_config")
-        return self._finish(self._submit(conversation_of(messages, media_path=self.media_path), config))
+        return self._finish(
+            self._submit(conversation_of(messages, media_path=self.media_path, limits=self.limits), config)
+        )
 
     async def agenerate(
         self, prompt: str, images: Images = None, *, request_id: str | None = None, **keywords: Any
@@ -349,11 +361,11 @@ class Runtime:
 
     # --- what the model sees ---
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference mode, whose tensors no probe could be trained on
     def encode_image(self, image: ImageSource, max_tiles: int | None = None) -> VisualTokens:
         """The visual tokens of one image; `.tokens` is (num_tiles * tokens_per_tile, llm hidden), on the device."""
         self._check_open()
-        tiles, grid = self.processor.tile(image, _tile_limit(max_tiles))
+        tiles, grid = self.processor.tile(image, GenerationConfig(max_tiles=max_tiles).max_tiles)
         tokens = self.model.encode_tiles(torch.from_numpy(tiles).to(self.engine.device))
         return VisualTokens(tokens.flatten(0, 1), len(tiles), grid)
 
@@ -362,26 +374,30 @@ class Runtime:
         prompt: str,
         images: Images = None,
         *,
+        video: Video | None = None,
         history: History | None = None,
         system: str | None = None,
         max_tiles: int | None = None,
         total_max_tiles: int | None = None,
     ) -> Usage:
-        """What `generate` would report for the prompt, from image headers alone: nothing is decoded or run."""
+        """What `generate` would report for the prompt, from image headers alone: no image is decoded, nothing run.
+
+        A prompt that is too long for the context is counted as well.
+        """
         self._check_open()
-        conversation = self._conversation(prompt, images, None, history, system)
+        conversation = self._conversation(prompt, images, video, history, system)
         limits = GenerationConfig(max_tiles=max_tiles, total_max_tiles=total_max_tiles)
         return self.processor.count(
             conversation, max_tiles=limits.max_tiles, total_max_tiles=limits.total_max_tiles
         ).usage
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images: Images, layers: Sequence[int] | None = None) -> dict[int, VisionFeatures]:
         """Hidden states of the ViT, each image stretched to one tile.
 
         layers: block numbers, 1-based, 0 being the embeddings, negative ones counted from the last; None is the last.
-        Returns, for each layer asked for, `class_token` (n, hidden), `patches` (n, rows, columns, hidden) and `pooled`
-        (n, 2 * hidden), the class token followed by the mean patch.
+        Returns, under each number asked for (-1 if none was), `class_token` (n, hidden), `patches` (n, rows, columns,
+        hidden) and `pooled` (n, 2 * hidden), the class token followed by the mean patch.
         """
         self._check_open()
         config = self.model.config
@@ -392,13 +408,15 @@ class Runtime:
         if not pictures:
             raise InvalidRequestError("features needs at least one image")
         depth = config.vision_depth
-        wanted = [depth] if layers is None else [layer + depth + 1 if layer < 0 else layer for layer in layers]
-        if not wanted or min(wanted) < 0 or max(wanted) > depth:
-            raise InvalidRequestError(f"layers {list(layers or [])} must lie within -{depth + 1}..{depth}")
+        asked = (-1,) if layers is None else layers
+        within = range(-depth - 1, depth + 1)
+        if not isinstance(asked, list | tuple | range) or not asked or not all(layer in within for layer in asked):
+            raise InvalidRequestError(f"layers={layers!r}: must be a list of integers from -{depth + 1} to {depth}")
+        wanted = {layer: int(layer) % (depth + 1) for layer in asked}
         tiles = torch.cat([torch.from_numpy(tile) for tile in pictures]).to(self.engine.device)
         side = config.tile_size // config.vision.patch_size
-        states = self.model.vision_model.hidden_states(tiles, wanted)
-        return {layer: _features(state, side) for layer, state in states.items()}
+        states = self.model.vision_model.hidden_states(tiles, set(wanted.values()))
+        return {layer: _features(states[block], side) for layer, block in wanted.items()}
 
     # --- contrastive models ---
 
@@ -455,15 +473,13 @@ class Runtime:
         if video is not None:
             if pictures:
                 raise InvalidRequestError("give images or a video, not both")
-            frames: Sequence[ImageSource]
-            if isinstance(video, str | Path | bytes):
-                frames = sample_frames(video, _FRAMES_PER_VIDEO, limits=self.limits)
-            else:
-                frames = video
-            pictures = [Picture(frame, max_tiles=1) for frame in frames]
-        label = "Image" if video is None else "Frame"
-        question = place_images(prompt, len(pictures), has_history=bool(turns), label=label)
-        return Conversation([*turns, (question, None)], pictures, system)
+            pictures = [Picture(frame, max_tiles=1) for frame in frames_of(video, limits=self.limits)]
+        turns.append((prompt, None))
+        if not any(IMAGE_MARK in question for question, _ in turns):
+            # Shown with the first question, as when that one was asked.
+            label = "Image" if video is None else "Frame"
+            turns[0] = (place_images(turns[0][0], len(pictures), has_history=False, label=label), turns[0][1])
+        return Conversation(turns, pictures, system)
 
     def _submit(self, conversation: Conversation, config: GenerationConfig, request_id: str | None = None) -> Request:
         self._check_open()
@@ -478,10 +494,11 @@ class Runtime:
         """Drive the engine until the request is done."""
         for _ in self.engine.stream(request):
             pass
-        return _output(request.prepared, request)
+        return _output(request)
 
 
-def _output(prepared: Prepared, request: Request) -> GenerationOutput:
+def _output(request: Request) -> GenerationOutput:
+    prepared = request.prepared
     completions = request.completions
     usage = prepared.usage
     return GenerationOutput(
@@ -539,10 +556,6 @@ def _checked_history(history: History | None) -> History:
 def _config(base: GenerationConfig | None, keywords: Mapping[str, Any], *call_keywords: str) -> GenerationConfig:
     """`base` with `keywords` on top; `call_keywords` are the call's own, which a misspelling may be nearest to."""
     return GenerationConfig.from_kwargs(base, keywords, also_known=call_keywords)
-
-
-def _tile_limit(max_tiles: int | None) -> int | None:
-    return GenerationConfig(max_tiles=max_tiles).max_tiles
 
 
 def _control_id(tokenizer: Tokenizer, token: str) -> int:

@@ -1,6 +1,6 @@
 """The `vitrail` command. Long work shows a bar on a terminal and none in a pipe; `--json` is for programs.
 
-A caller's mistake prints one line on stderr and exits with status 2.
+A caller's mistake prints one line on stderr, an unknown option its usage, and exits with status 2.
 """
 
 import importlib
@@ -8,6 +8,7 @@ import json
 import math
 import pkgutil
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +40,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A local folder, a hub
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the best present if not given.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; sampling from above it.")]
 MaxTiles = Annotated[int | None, typer.Option(help="The most tiles an image may take.")]
 
@@ -217,7 +218,7 @@ def inspect(
         "parameters": {**sizes, "total": total},
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total, "int8": total, "int4": total // 2},
         "kv_bytes_per_token": config.llm.kv_bytes_per_token,
-        "context": config.llm.max_position_embeddings,
+        "context": config.llm.max_model_len,
         "tile_size": config.tile_size,
         "tokens_per_tile": config.tokens_per_tile,
         "tokens_per_image": {"least": config.tokens_per_tile, "most": most * config.tokens_per_tile},
@@ -234,7 +235,7 @@ def inspect(
     for dtype, size in facts["weight_bytes"].items():
         table.add_row(f"weights in {dtype}", _bytes(size))
     table.add_row("KV cache", f"{_bytes(config.llm.kv_bytes_per_token)} a token in 16 bits")
-    table.add_row("context", f"{config.llm.max_position_embeddings} tokens")
+    table.add_row("context", f"{config.llm.max_model_len} tokens")
     table.add_row("tiles", f"{config.tile_size} px, {config.tokens_per_tile} tokens each, at most {most} an image")
     console.print(table)
 
@@ -268,6 +269,7 @@ def doctor(as_json: AsJson = False) -> None:
         "packages": {name: _version(name) for name in ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")},
         "cpu_threads": torch.get_num_threads(),
         "gpus": gpus,
+        "driver": _driver() if gpus else None,
         "cuda": torch.version.cuda,
         # Every operation runs its torch reference so far; later kernels announce themselves here.
         "kernels": dict.fromkeys(_kernel_names(), "torch"),
@@ -283,7 +285,7 @@ def doctor(as_json: AsJson = False) -> None:
     if gpus:
         for gpu in gpus:
             table.add_row("GPU", f"{gpu['name']}, {_bytes(gpu['memory'])}, sm_{gpu['capability'].replace('.', '')}")
-        table.add_row("CUDA", str(report["cuda"]))
+        table.add_row("driver", f"{report['driver']}; PyTorch was built for CUDA {report['cuda']}")
     else:
         table.add_row("GPU", "none seen: everything runs on the CPU")
     table.add_row("kernels", ", ".join(report["kernels"]) + " (torch)")
@@ -304,18 +306,30 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A sc
     known = sorted(
         info.name
         for info in pkgutil.iter_modules(scripts.__path__)
-        if not info.ispkg and info.name not in ("harness", "report")
+        if not info.ispkg and info.name not in ("harness", "peer", "report")
     )
     if name not in known:
         _fail(f"bench: no script {name!r}; known: {', '.join(known)}")
     sys.argv = [f"vitrail bench {name}", *context.args]
-    importlib.import_module(f"{scripts.__name__}.{name}").main()
+    try:
+        script = importlib.import_module(f"{scripts.__name__}.{name}")
+    except ModuleNotFoundError as error:
+        _fail(f"bench {name} needs the package {error.name}: pip install 'vitrail[dev]'")
+    script.main()
 
 
 def _kernel_names() -> list[str]:
     from .. import kernels
 
     return sorted(info.name for info in pkgutil.iter_modules([str(Path(str(kernels.__file__)).parent)]))
+
+
+def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _version(package: str) -> str | None:

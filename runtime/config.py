@@ -94,6 +94,14 @@ class DecoderConfig:
             raise ConfigError(f"llm_config: head_dim {self.head_dim} is odd; rotary positions turn channels in pairs")
 
     @property
+    def max_model_len(self) -> int:
+        """The longest context in tokens: dynamic NTK stretches the positions of training by its factor."""
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.rope_type == "dynamic":
+            return int(self.max_position_embeddings * scaling.factor)
+        return self.max_position_embeddings
+
+    @property
     def queries_per_kv_head(self) -> int:
         return self.num_attention_heads // self.num_key_value_heads
 
@@ -321,6 +329,8 @@ def parse_config(values: Mapping[str, Any]) -> InternVLConfig:
     section = _Section(values, "config.json")
     model_type = section.values.get("model_type")
     if model_type != "internvl_chat":
+        if "qllama_config" in section.values:
+            raise ConfigError("config.json: this is a contrastive model (InternVL-C/G), which are not available yet")
         hint = " (the transformers-native form; use the original checkpoint)" if model_type == "internvl" else ""
         raise ConfigError(f"config.json: unknown model_type {model_type!r}{hint}; known: internvl_chat")
     for key in ("use_backbone_lora", "use_llm_lora"):

@@ -1,5 +1,6 @@
 """The options of `Runtime.from_pretrained`, read and checked."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The torch dtype of a name, or the dtype itself if it is one that models run in."""
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; known: {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
@@ -38,6 +39,29 @@ def at_least_one(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer, not {value!r}")
     return value
+
+
+def read_positive(name: str, value: float) -> float:
+    """`value`, a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{name} must be a positive number, not {value!r}")
+    return value
+
+
+def read_share(name: str, value: float) -> float:
+    """`value`, a number above 0 and up to 1."""
+    if read_positive(name, value) > 1:
+        raise ConfigError(f"{name} must be at most 1, not {value!r}")
+    return value
+
+
+def read_image_limit(limits: Mapping[str, int] | None) -> int:
+    """The most images a prompt may have, of `limit_mm_per_prompt`."""
+    if limits is None:
+        return 64
+    if not isinstance(limits, Mapping) or not set(limits) <= {"image"}:
+        raise ConfigError(f"limit_mm_per_prompt must be like {{'image': 64}}, not {limits!r}")
+    return at_least_one("limit_mm_per_prompt['image']", limits.get("image", 64))
 
 
 def refuse_unavailable(**options: tuple[Any, Any]) -> None:

@@ -175,7 +175,7 @@ class GenerationConfig:
     do_sample: bool | None = _setting(None, _flag)  # None: sample if temperature > 0, top_p, top_k or min_p was given
     temperature: float | None = _setting(None, _number(0, 100))  # 0 is greedy; sampling without one uses 1
     top_p: float | None = _setting(None, _number(0, 1, above=True))
-    top_k: int | None = _setting(None, _integer(1))
+    top_k: int | None = _setting(None, _integer(1, 2**31 - 1))
     min_p: float | None = _setting(None, _number(0, 1))
     repetition_penalty: float = _setting(1.0, _number(0.01, 100))  # of tokens in the prompt and the answer
     presence_penalty: float = _setting(0.0, _number(-2, 2))  # of tokens in the answer

@@ -7,7 +7,7 @@ way of the key frame before each of them where the container can seek exactly.
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from .errors import InvalidRequestError, UnsupportedError
-from .image import ImageLimits, check_size, local_file
+from .image import ImageLimits, ImageSource, check_size, local_file
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+# A file, its bytes, or frames that were sampled already.
+Video = str | os.PathLike[str] | bytes | Sequence[ImageSource]
 
 MAX_FRAMES = 256  # of one request
 MAX_SOURCE_FRAMES = 1_000_000  # of one file: nine hours at 30 a second
@@ -57,6 +60,15 @@ def frame_indices(num_source_frames: int, num_frames: int, first: int = 0, last:
     last = num_source_frames - 1 if last is None else min(last, num_source_frames - 1)
     segment = (last - first) / num_frames
     return [int(first + segment / 2 + round(segment * k)) for k in range(num_frames)]  # `round`: half to even
+
+
+def frames_of(video: Video, *, limits: ImageLimits | None = None, name: str = "video") -> list[ImageSource]:
+    """The frames of a video: sampled evenly from a file or its bytes, or those of a list, which are sampled already."""
+    if isinstance(video, str | os.PathLike | bytes):
+        return list(sample_frames(video, limits=limits, name=name))
+    if not isinstance(video, list | tuple) or not video:
+        raise InvalidRequestError(f"{name}: a path, bytes or a non-empty list of frames is expected")
+    return list(video)
 
 
 def sample_frames(

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -182,9 +189,11 @@ def pack_order(rows: int, kv_groups: int, config: DecoderConfig) -> Tensor:
 
 def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model: a folder, `"nano"`, or a hub id, downloaded or found in the hub's cache."""
-    if str(model) == "nano":
-        return NANO
     name = str(model)
+    if revision is not None and (name == "nano" or Path(model).is_dir()):
+        raise CheckpointError(f"{name}: revision={revision!r} goes with a hub id, not with a local folder")
+    if name == "nano":
+        return NANO
     if not name.strip():
         raise CheckpointError("the model's name is empty: give a folder, a hub id or nano")
     try:
@@ -203,6 +212,10 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
         if not list(folder.glob("*.safetensors")):  # only then: many repositories hold their weights in both forms
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_CHECKPOINT_FILES, "*.bin"]))
         return folder
+    except GatedRepoError:
+        raise CheckpointError(f"{name}: access to this model must be asked for on the hub, and a token given") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{name}: the hub has no revision {revision!r} of it") from None
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = type(error).__name__
         raise CheckpointError(f"{name}: no local folder and no such model on the hub ({reason})") from None

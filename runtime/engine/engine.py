@@ -4,10 +4,11 @@ There is no thread of its own. Whoever waits for a result drives `step` under th
 all requests, so that callers in several threads, or interleaved streams in one, share batches.
 """
 
-import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -25,6 +26,9 @@ from .sequence import Request, Sequence
 
 # Tiles in one pass of the vision half: enough to fill the matrix products, few enough to bound its activations.
 TILES_PER_BATCH = 16
+
+# What keys and values may take where the system does not tell how much memory is available.
+_UNKNOWN_MEMORY = 4 * 2**30
 
 
 class Engine:
@@ -162,7 +166,7 @@ class Engine:
                 if admitted := self._admit():
                     self._start(admitted)
                 elif self.running:
-                    self._decode()
+                    self._decode_all()
             finally:
                 self._in_step = False
                 while self._dropped:
@@ -278,6 +282,17 @@ class Engine:
 
     # --- decode ---
 
+    def _decode_all(self) -> None:
+        """One token of every running sequence.
+
+        Whose fault it is when a whole step fails cannot be told. The request that came last is failed and the others
+        try again without it: enough where memory was short, and an end, one by one, where nothing helps.
+        """
+        try:
+            self._decode()
+        except Exception as error:
+            self._fail(self.running[-1][0], error)
+
     def _decode(self) -> None:
         assert self.cache is not None
         lens = [len(request.prepared.token_ids) + len(sequence.token_ids) for request, sequence in self.running]
@@ -364,8 +379,13 @@ class Engine:
 
 
 def _memory_for_cache(device: torch.device, gpu_memory_utilization: float) -> int:
-    """Bytes that keys and values may take beside what is loaded already: on a CPU half of what is free."""
+    """Bytes that keys and values may take beside what is loaded already: on a CPU half of what is available."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, free - int((1 - gpu_memory_utilization) * total))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+    try:
+        # Not the free pages alone: a checkpoint that was just read still stands in the page cache.
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 // 2 if found else _UNKNOWN_MEMORY

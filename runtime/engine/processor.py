@@ -91,6 +91,11 @@ class Processor:
     ) -> Prepared:
         """The prompt and its tiles. Raises `InvalidRequestError` or `CapacityError` before decoding, where it can."""
         prepared, caps = self._plan(conversation, max_tiles, total_max_tiles)
+        if len(prepared.token_ids) >= self.max_model_len:
+            raise CapacityError(
+                f"the prompt has {len(prepared.token_ids)} tokens, {prepared.image_tokens} of them from images; "
+                f"the context holds {self.max_model_len} with at least one for the answer"
+            )
         for index, (picture, cap) in enumerate(zip(conversation.pictures, caps, strict=True)):
             prepared.tiles.append(self.tile(picture.source, cap, name=image_name(index))[0])
         return prepared
@@ -138,11 +143,6 @@ class Processor:
         system = conversation.system if conversation.system is not None else config.system_message
         pieces = render(self.template, conversation.turns, system)
         token_ids = self.tokenizer.encode(expand(pieces, tokens_per_image))
-        if len(token_ids) >= self.max_model_len:
-            raise CapacityError(
-                f"the prompt has {len(token_ids)} tokens, {sum(tokens_per_image)} of them from images; "
-                f"the context holds {self.max_model_len} with at least one for the answer"
-            )
         return Prepared(token_ids, num_tiles, sum(tokens_per_image)), caps
 
 

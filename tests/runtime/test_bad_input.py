@@ -188,7 +188,9 @@ TOO_LONG = "word " * 1500
 )
 def test_a_prompt_that_cannot_be_asked(rt, folder, files, prompt, images, error, message):
     paths = [files / name for name in images]
-    for call in (rt.generate, rt.stream, rt.count_tokens):
+    # One that is only too long can be counted.
+    calls = (rt.generate, rt.stream) if error is CapacityError else (rt.generate, rt.stream, rt.count_tokens)
+    for call in calls:
         with pytest.raises(error) as caught:
             call(prompt, paths)
         assert_one_line(caught.value, message)

@@ -565,16 +565,17 @@ def test_nan_in_the_cache_of_one_request_never_reaches_another(rt, alone, monkey
         assert_as_alone(alone, which, request)
 
 
-def test_a_step_that_raises_ends_only_the_request_that_drove_it(rt, alone, monkeypatch):
-    driven, other = submit(rt, 2, ignore_eos=True), submit(rt, 3)
+def test_a_step_that_raises_ends_only_the_request_that_came_last(rt, alone, monkeypatch):
+    first, last = submit(rt, 3), submit(rt, 2, ignore_eos=True)
     rt.engine.step()
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "forward", lambda *_args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            finish(rt, driven)
-    assert driven.completions[0].finish_reason == "abort"
-    finish(rt, other)
-    assert_as_alone(alone, 3, other)
+        rt.engine.step()
+    assert last.completions[0].finish_reason == "error"
+    with pytest.raises(VitrailError, match="ZeroDivisionError"):
+        finish(rt, last)
+    finish(rt, first)
+    assert_as_alone(alone, 3, first)
 
 
 def test_an_interrupt_leaves_no_request_waiting_for_ever(rt, alone, monkeypatch):

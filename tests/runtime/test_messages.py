@@ -8,7 +8,7 @@ from PIL import Image
 
 from vitrail.runtime import Runtime
 from vitrail.runtime.engine.processor import Picture
-from vitrail.runtime.errors import InvalidRequestError, UnsupportedError
+from vitrail.runtime.errors import InvalidRequestError
 from vitrail.runtime.messages import conversation_of
 from vitrail.runtime.prompt import ImageSlot
 
@@ -253,10 +253,10 @@ def test_an_error_says_which_message_and_part(rt, messages, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["video", "video_url"])
-def test_videos_are_pointed_to_generate(rt, kind):
-    with pytest.raises(UnsupportedError, match=r"message 1, part 1: pass a video to generate\(video=...\)"):
-        rt.chat([user({"type": kind})])
+@pytest.mark.parametrize("part", [{"type": "video"}, {"type": "video", "video": []}])
+def test_a_video_part_without_a_video_is_refused(rt, part):
+    with pytest.raises(InvalidRequestError, match="message 1, part 1: a path, bytes or a non-empty list of frames"):
+        rt.chat([user(part)])
 
 
 def test_pictures_carry_the_limit_of_their_part():

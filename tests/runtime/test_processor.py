@@ -259,8 +259,10 @@ def test_too_long_a_prompt_is_refused_before_an_image_is_decoded(make, monkeypat
 def test_a_prompt_must_leave_room_for_one_token(make):
     length = len(make().count(ask("hello")).token_ids)
     assert make(max_model_len=length + 1).count(ask("hello")).usage.prompt_tokens == length
+    make(max_model_len=length + 1).prepare(ask("hello"))
     with pytest.raises(CapacityError):
-        make(max_model_len=length).count(ask("hello"))
+        make(max_model_len=length).prepare(ask("hello"))
+    assert make(max_model_len=length).count(ask("hello")).usage.prompt_tokens == length
 
 
 def test_too_many_images_are_refused_before_one_is_opened(make):

@@ -5,7 +5,7 @@ the string is for, which item, day or bar it belongs to, and so on (`bench.nano.
 that answers is dropped afterwards: what stays is a token that holds this knowledge in a form the language half can
 look up.
 
-    torchrun --nproc-per-node 2 tools/nano/vision_stage.py --out /tmp/nano/vision.pt --minutes 20
+    torchrun --nproc-per-node 2 tools/nano/vision_stage.py --out build/vision.pt --minutes 20
 """
 
 import argparse
