@@ -83,7 +83,7 @@ class Case:
 CASES = {
     # A two-tile picture with its thumbnail, and for the large model a single tile: 0.7 TFLOP on a CPU.
     "nano": Case("nano", (224, 448), new_tokens=32, repeats=30),
-    "1b": Case("1b", (448, 448), new_tokens=16, repeats=5),
+    "1b": Case("1b", (448, 448), new_tokens=16, repeats=3),
 }
 
 
