@@ -14,9 +14,7 @@ PixelShuffleVersion = Literal["v1", "v2"]
 
 def pixel_shuffle(x: Tensor, factor: int, version: PixelShuffleVersion) -> Tensor:
     """x: (tiles, side * side, D) patch tokens, row-major. Returns (tiles, (side / factor)^2, factor^2 * D)."""
-    side = int(x.shape[1] ** 0.5)
-    if side * side != x.shape[1] or side % factor:
-        raise ValueError(f"pixel_shuffle: {x.shape[1]} tokens are no square whose side divides by {factor}")
+    _check_square(x.shape[1], factor)
     return pixel_shuffle_reference(x, factor, version)
 
 
@@ -32,6 +30,7 @@ def pixel_shuffle_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, factor: int, version: PixelShuffleVersion
 ) -> Tensor:
     """LayerNorm(pixel_shuffle(x)). weight, bias: (factor^2 * D,). Shapes as in `pixel_shuffle`."""
+    _check_square(x.shape[1], factor)
     return pixel_shuffle_norm_reference(x, weight, bias, eps, factor, version)
 
 
@@ -40,3 +39,9 @@ def pixel_shuffle_norm_reference(
 ) -> Tensor:
     shuffled = pixel_shuffle_reference(x, factor, version)
     return F.layer_norm(shuffled, (shuffled.shape[-1],), weight, bias, eps)
+
+
+def _check_square(tokens: int, factor: int) -> None:
+    side = int(tokens**0.5)
+    if side * side != tokens or side % factor:
+        raise ValueError(f"pixel_shuffle: {tokens} tokens are no square whose side divides by {factor}")
