@@ -255,28 +255,20 @@ def build_model(
     model.to_empty(device=device)
     model.requires_grad_(False).eval()
     parameters = dict(model.named_parameters())
-    slots = checkpoint_map(config)
-    seen: set[str] = set()
-    unexpected: list[str] = []
+    inventory = _Inventory(config)
     for name, tensor in tensors:
-        slot = slots.get(name)
-        if slot is None:
-            if not name.endswith("rotary_emb.inv_freq"):  # old LLaMA files store this constant
-                unexpected.append(name)
-            continue
-        if name in seen:
-            raise CheckpointError(f"{source}: {name} occurs twice")
-        seen.add(name)
-        if tuple(tensor.shape) != slot.shape:
-            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the config says {slot.shape}")
-        if slot.parameter is None:
+        slot = inventory.take(name, tuple(tensor.shape), source)
+        if slot is None or slot.parameter is None:
             continue
         rows = slice(slot.start, slot.start + slot.shape[0])
         if slot.kv_groups:
             tensor = tensor[pack_order(slot.shape[0], slot.kv_groups, config.llm)]
         parameters[slot.parameter].data[rows].copy_(tensor)
-    _raise_on_difference(source, slots, seen, unexpected)
-    if config.llm.tie_word_embeddings and not seen & {"language_model.lm_head.weight", "language_model.output.weight"}:
+    inventory.check_complete(source)
+    if config.llm.tie_word_embeddings and not inventory.seen & {
+        "language_model.lm_head.weight",
+        "language_model.output.weight",
+    }:
         model.language_model.head.weight = model.language_model.embedding
     return model
 
@@ -295,15 +287,38 @@ def checkpoint_tensors(model: InternVLModel) -> Iterator[tuple[str, Tensor]]:
         yield name, rows.reshape(slot.shape).contiguous()
 
 
-def _raise_on_difference(source: str, slots: dict[str, Slot], seen: set[str], unexpected: list[str]) -> None:
-    missing = [name for name, slot in slots.items() if name not in seen and not slot.optional]
-    problems = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{len(names)} tensors {kind}: {', '.join(names[:5])}{more}")
-    if problems:
-        raise CheckpointError(f"{source}: {'; '.join(problems)}")
+class _Inventory:
+    """Which of a checkpoint's expected tensors have come, and which came that are not expected."""
+
+    def __init__(self, config: InternVLConfig) -> None:
+        self.slots = checkpoint_map(config)
+        self.seen: set[str] = set()
+        self.unexpected: list[str] = []
+
+    def take(self, name: str, shape: tuple[int, ...], source: str) -> Slot | None:
+        """The slot of a tensor, None for one that has none. Raises for one that came before or has another shape."""
+        slot = self.slots.get(name)
+        if slot is None:
+            if not name.endswith("rotary_emb.inv_freq"):  # old LLaMA files store this constant
+                self.unexpected.append(name)
+            return None
+        if name in self.seen:
+            raise CheckpointError(f"{source}: {name} occurs twice")
+        self.seen.add(name)
+        if shape != slot.shape:
+            raise CheckpointError(f"{source}: {name} has shape {shape}, the config says {slot.shape}")
+        return slot
+
+    def check_complete(self, source: str) -> None:
+        """Raises for everything that is missing or not expected, by name."""
+        missing = [name for name, slot in self.slots.items() if name not in self.seen and not slot.optional]
+        problems = []
+        for kind, names in (("missing", missing), ("unexpected", self.unexpected)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                problems.append(f"{len(names)} tensors {kind}: {', '.join(names[:5])}{more}")
+        if problems:
+            raise CheckpointError(f"{source}: {'; '.join(problems)}")
 
 
 def _find_shards(folder: Path) -> list[Path]:
@@ -330,23 +345,13 @@ def _find_shards(folder: Path) -> list[Path]:
 
 def _check_headers(shards: list[Path], config: InternVLConfig) -> None:
     """Compare names and shapes of all safetensors headers with the config before any weight is read."""
-    slots = checkpoint_map(config)
-    seen: set[str] = set()
-    unexpected: list[str] = []
+    inventory = _Inventory(config)
     for shard in shards:
         with _open_safetensors(shard) as file:
             names: list[str] = file.keys()
             for name in names:
-                slot = slots.get(name)
-                if slot is None:
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        unexpected.append(name)
-                    continue
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != slot.shape:
-                    raise CheckpointError(f"{shard}: {name} has shape {shape}, the config says {slot.shape}")
-                seen.add(name)
-    _raise_on_difference(str(shards[0].parent), slots, seen, unexpected)
+                inventory.take(name, tuple(file.get_slice(name).get_shape()), str(shard))
+    inventory.check_complete(str(shards[0].parent))
 
 
 def _open_safetensors(shard: Path) -> Any:
