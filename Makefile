@@ -3,6 +3,7 @@
 # make test-all every test, with full counts and real sizes
 # make lint     ruff and strict mypy; `make format` repairs what ruff can
 # make smoke    a sample of the slow tests
+# make kernels  every Triton kernel compiled for both architectures and compared with its table; no GPU needed
 # make bench    the benchmarks of this machine and the tables made from them
 # make install  the environment alone, with everything that development needs
 # make clean    removes build outputs and caches; `rm -rf .venv` removes the environment
@@ -21,7 +22,11 @@ PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # Our kernels/ stands in the root: python must never put the current folder on its path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-all smoke lint format bench clean
+# The Triton whose table of compiled kernels is checked, where no GPU asks for the one that its PyTorch was made with.
+TRITON := 3.9.0
+VENV_3_6 := .venv-triton-3.6
+
+.PHONY: install demo test test-all smoke kernels kernels-3.6 lint format bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/vitrail generate "What is the total?" --image examples/receipt.png
@@ -36,6 +41,12 @@ test-all: $(VENV)/.dev
 
 smoke: $(VENV)/.dev
 	$(PYTEST) -m "slow and not gpu" --smoke
+
+kernels: $(VENV)/.dev
+	$(BIN)/python bench/kernel_resources.py
+
+kernels-3.6: $(VENV_3_6)/.done
+	$(VENV_3_6)/bin/python bench/kernel_resources.py
 
 lint: $(VENV)/.dev .mypy/vitrail
 	$(BIN)/ruff check .
@@ -73,6 +84,17 @@ $(VENV)/.base: pyproject.toml setup.py
 $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing what the tests need ..."
 	@$(PIP) -e ".[dev,video,pdf]"
+	@if [ "$$(uname)" = Linux ]; then $(PIP) -e ".[cuda]"; \
+		nvidia-smi -L >/dev/null 2>&1 || $(PIP) --no-deps triton==$(TRITON); fi
+	@touch $@
+
+# Another Triton, and the NumPy that its interpreter wants, before everything else of the environment.
+$(VENV_3_6)/.done: $(VENV)/.dev
+	@echo "Installing Triton 3.6 ..."
+	@$(BIN)/python -m venv $(VENV_3_6)
+	@$(VENV_3_6)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps triton==3.6.0 "numpy<2.4"
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(VENV_3_6)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/everything_else.pth
 	@touch $@
 
 # A link under the package's own name, by which mypy reads this folder as `vitrail` whatever it is called.

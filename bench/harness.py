@@ -123,6 +123,37 @@ def _time_on_cuda(
     return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU reached in this run: bytes a second of a large copy, read and written; FLOP a second of cuBLAS."""
+
+    copy_bytes: float
+    matmul_flops: float
+
+    def __str__(self) -> str:
+        return (
+            f"In the same run: copy {self.copy_bytes / 1e12:.2f} TB/s, "
+            f"cuBLAS bf16 8192^3 {self.matmul_flops / 1e12:.0f} TFLOP/s."
+        )
+
+
+def ceilings() -> Ceilings:
+    """Copy 4 GiB, and multiply bf16 matrices of 8192 x 8192: on random data, since zeros run faster."""
+    source = torch.empty(2**31, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source))
+    a, b = source[: 2**27].view(2, 8192, 8192)
+    matmul = measure(lambda: a @ b)
+    return Ceilings(2 * source.nbytes / (copy.median / 1e3), 2 * 8192**3 / (matmul.median / 1e3))
+
+
+def require_gpu() -> None:
+    """Exit with status 2 where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        print(f"{Path(sys.argv[0]).name}: measures a GPU, and no CUDA device is present", file=sys.stderr)
+        sys.exit(2)
+
+
 def environment() -> dict[str, Any]:
     """What a result depends on: commit, command, machine and versions, ready for JSON."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

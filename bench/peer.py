@@ -67,14 +67,16 @@ def transformers_model(model: InternVLModel, image_token_id: int) -> Any:
     peer.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies are buffers that no state holds: made anew, off the meta device.
     rotary = peer.model.language_model.rotary_emb
-    peer.model.language_model.rotary_emb = type(rotary)(peer_config.text_config)
+    peer.model.language_model.rotary_emb = type(rotary)(peer_config.text_config).to(
+        model.language_model.embedding.device
+    )
     return peer.eval().requires_grad_(False)
 
 
 def pixel_values(tiles: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, 3, side, side) of uint8 tiles (n, side, side, 3), normalised as the port's image processor does."""
-    mean = torch.tensor([0.485, 0.456, 0.406])
-    std = torch.tensor([0.229, 0.224, 0.225])
+    mean = torch.tensor([0.485, 0.456, 0.406], device=tiles.device)
+    std = torch.tensor([0.229, 0.224, 0.225], device=tiles.device)
     return ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous().to(dtype)
 
 

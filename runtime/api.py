@@ -1,4 +1,7 @@
-"""`Runtime`, one loaded model and the calls users make on it, and `generate` for those who want a single line."""
+"""`Runtime`, one loaded model and the calls users make on it, and `generate` for those who want a single line.
+
+What contrastive models are asked stands in `contrastive.py`, hidden states of the vision half in `features.py`.
+"""
 
 import asyncio
 import threading
@@ -9,17 +12,19 @@ from typing import Any, Self, overload
 from uuid import uuid4
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .config import load_config
+from .config import InternVLConfig, VisionConfig, load_any_config
+from .contrastive import ContrastiveCalls
 from .engine.engine import Engine
 from .engine.processor import Conversation, Picture, Processor
 from .engine.sequence import Request
 from .errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
+from .features import Images, as_list
 from .image import ImageLimits, ImageSource
 from .messages import conversation_of
 from .models.internvl import InternVLModel
+from .models.vision_tower import VisionTower
 from .options import (
     at_least_one,
     read_device,
@@ -37,70 +42,76 @@ from .request import (
     RequestFailure,
     StreamDelta,
     Usage,
-    VisionFeatures,
     VisualTokens,
 )
 from .tokenizer import Tokenizer, load_tokenizer
 from .video import Video, frames_of
-from .weights import load_model, resolve_checkpoint
+from .weights import Model, load_model, resolve_checkpoint
 
-Images = ImageSource | Sequence[ImageSource] | None
 History = Sequence[tuple[str, str]]
 
 _CONVERSATION_KEYWORDS = ("images", "video", "history", "system", "generation_config")
 
 
-class Runtime:
-    """A loaded InternVL-Chat model. Make one with `from_pretrained`; use it as a context manager, or `close` it.
+class Runtime(ContrastiveCalls):
+    """A loaded model. Make one with `from_pretrained`; use it as a context manager, or `close` it.
 
+    A chat model generates; a contrastive one embeds, scores, classifies, matches and captions; a vision encoder on its
+    own has features, as the others do. Any other call raises `UnsupportedError`.
     Calls may come from several threads; requests in flight together share batches.
     """
 
     def __init__(
         self,
-        model: InternVLModel,
-        tokenizer: Tokenizer,
+        model: Model,
+        tokenizer: Tokenizer | None,
         *,
         name: str = "model",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
         image_limits: ImageLimits | None = None,
         allowed_local_media_path: str | Path | None = None,
         load_ms: float = 0.0,
     ) -> None:
+        super().__init__(model, tokenizer, name=name, limits=image_limits or ImageLimits(), load_ms=load_ms)
+        self.media_path = None if allowed_local_media_path is None else Path(allowed_local_media_path)
+        self._chat: tuple[Processor, Engine] | None = None
+        if isinstance(model, VisionTower):
+            return
+        if tokenizer is None:
+            raise CheckpointError(f"{name}: a model of this kind needs a tokenizer")
         config = model.config
-        longest = config.llm.max_model_len
         if tokenizer.vocab_size > config.llm.vocab_size:
             raise CheckpointError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.llm.vocab_size}"
             )
-        self.name = name
-        self.model = model
-        self.tokenizer = tokenizer
-        self.load_ms = load_ms
+        if not isinstance(model, InternVLModel):
+            return
+        longest = model.config.llm.max_model_len
         self.max_model_len = at_least_one("max_model_len", longest if max_model_len is None else max_model_len)
         if self.max_model_len > longest:
             raise ConfigError(f"max_model_len {max_model_len} exceeds the {longest} positions of {name}")
-        self.limits = image_limits or ImageLimits()
-        self.media_path = None if allowed_local_media_path is None else Path(allowed_local_media_path)
-        self.processor = Processor(
-            config,
+        processor = Processor(
+            model.config,
             tokenizer,
             limits=self.limits,
             max_images=read_image_limit(limit_mm_per_prompt),
             max_model_len=self.max_model_len,
         )
-        self.engine = Engine(
+        engine = Engine(
             model,
             tokenizer,
             context_token_id=_control_id(tokenizer, "<IMG_CONTEXT>"),
-            stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(self.processor.template)),
+            stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(processor.template)),
             max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
             max_model_len=self.max_model_len,
             gpu_memory_utilization=read_share("gpu_memory_utilization", gpu_memory_utilization),
+            enforce_eager=enforce_eager,
         )
+        self._chat = (processor, engine)
 
     @classmethod
     def from_pretrained(
@@ -138,8 +149,9 @@ class Runtime:
 
         device: "cpu", "cuda", "cuda:1"; None is the best present. dtype: "bfloat16", "float16" or "float32".
         max_model_len: tokens of a prompt and its answer; None is what the checkpoint was made for.
-        max_num_batched_tokens, enable_prefix_caching, vision_cache_gb and enforce_eager change no answer and have no
-        effect yet. Options that would change what runs and are not available yet raise `UnsupportedError`.
+        enforce_eager: no CUDA graphs, which take some seconds at the start and some memory.
+        max_num_batched_tokens, enable_prefix_caching and vision_cache_gb change no answer and have no effect yet.
+        Options that would change what runs and are not available yet raise `UnsupportedError`.
         progress: show a loading bar; None means on a terminal only.
         Raises `CheckpointError` or `ConfigError` where the checkpoint is missing or wrong.
         """
@@ -167,9 +179,10 @@ class Runtime:
         read_image_limit(limit_mm_per_prompt)
         read_share("gpu_memory_utilization", gpu_memory_utilization)
         folder = resolve_checkpoint(model, revision)
-        config = load_config(folder)
-        tokenizer = load_tokenizer(folder)
-        get_template(config.template)
+        config = load_any_config(folder)
+        tokenizer = None if isinstance(config, VisionConfig) else load_tokenizer(folder)
+        if isinstance(config, InternVLConfig):
+            get_template(config.template)
         loaded = load_model(folder, config, dtype=torch_dtype, device=torch_device, progress=progress)
         return cls(
             loaded,
@@ -178,6 +191,7 @@ class Runtime:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
             limit_mm_per_prompt=limit_mm_per_prompt,
             image_limits=image_limits,
             allowed_local_media_path=allowed_local_media_path,
@@ -366,7 +380,8 @@ class Runtime:
         """The visual tokens of one image; `.tokens` is (num_tiles * tokens_per_tile, llm hidden), on the device."""
         self._check_open()
         tiles, grid = self.processor.tile(image, GenerationConfig(max_tiles=max_tiles).max_tiles)
-        tokens = self.model.encode_tiles(torch.from_numpy(tiles).to(self.engine.device))
+        assert isinstance(self._model, InternVLModel)  # or there would have been no processor
+        tokens = self._model.encode_tiles(torch.from_numpy(tiles).to(self.device))
         return VisualTokens(tokens.flatten(0, 1), len(tiles), grid)
 
     def count_tokens(
@@ -391,84 +406,43 @@ class Runtime:
             conversation, max_tiles=limits.max_tiles, total_max_tiles=limits.total_max_tiles
         ).usage
 
-    @torch.no_grad()
-    def features(self, images: Images, layers: Sequence[int] | None = None) -> dict[int, VisionFeatures]:
-        """Hidden states of the ViT, each image stretched to one tile.
-
-        layers: block numbers, 1-based, 0 being the embeddings, negative ones counted from the last; None is the last.
-        Returns, under each number asked for (-1 if none was), `class_token` (n, hidden), `patches` (n, rows, columns,
-        hidden) and `pooled` (n, 2 * hidden), the class token followed by the mean patch.
-        """
-        self._check_open()
-        config = self.model.config
-        pictures = [
-            self.processor.tile_static(source, name=f"image {index}")
-            for index, source in enumerate(_as_list(images), start=1)
-        ]
-        if not pictures:
-            raise InvalidRequestError("features needs at least one image")
-        depth = config.vision_depth
-        asked = (-1,) if layers is None else layers
-        within = range(-depth - 1, depth + 1)
-        if not isinstance(asked, list | tuple | range) or not asked or not all(layer in within for layer in asked):
-            raise InvalidRequestError(f"layers={layers!r}: must be a list of integers from -{depth + 1} to {depth}")
-        wanted = {layer: int(layer) % (depth + 1) for layer in asked}
-        tiles = torch.cat([torch.from_numpy(tile) for tile in pictures]).to(self.engine.device)
-        side = config.tile_size // config.vision.patch_size
-        states = self.model.vision_model.hidden_states(tiles, set(wanted.values()))
-        return {layer: _features(states[block], side) for layer, block in wanted.items()}
-
-    # --- contrastive models ---
-
-    def embed(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Embeddings of texts or images: for contrastive models, which this is not."""
-        raise self._not_contrastive("embed")
-
-    def score(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Image-text logits: for contrastive models, which this is not."""
-        raise self._not_contrastive("score")
-
-    def classify(self, *args: Any, **kwargs: Any) -> Any:
-        """Zero-shot classification: for contrastive models, which this is not."""
-        raise self._not_contrastive("classify")
-
-    def caption(self, *args: Any, **kwargs: Any) -> Any:
-        """Image-grounded captions of InternVL-G, which this is not."""
-        raise self._not_contrastive("caption")
-
-    def _not_contrastive(self, call: str) -> UnsupportedError:
-        return UnsupportedError(
-            f"{call}: {self.name} is a chat model; only contrastive models (InternVL-C/G) have this"
-        )
-
     # --- life ---
 
     def close(self) -> None:
         """Abort what runs and let go of the model. Later calls raise `InvalidRequestError`."""
-        if not self.engine.closed:
+        if self._chat is not None:
             self.engine.close()
-            del self.model
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
     # --- inside ---
 
-    def _check_open(self) -> None:
-        if self.engine.closed:
-            raise InvalidRequestError("this Runtime is closed")
+    @property
+    def processor(self) -> Processor:
+        """What prepares the requests of a chat model."""
+        return self._chat_parts()[0]
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests of a chat model."""
+        return self._chat_parts()[1]
+
+    def _chat_parts(self) -> tuple[Processor, Engine]:
+        if self._chat is None:
+            what = "contrastive model (InternVL-C/G), which has embed, score, classify, match, caption and features"
+            if self.tokenizer is None:
+                what = "vision encoder on its own, which has features"
+            raise UnsupportedError(f"{self.name} is a {what}; this needs a chat model")
+        return self._chat
 
     def _conversation(
         self, prompt: str, images: Images, video: Video | None, history: History | None, system: str | None
     ) -> Conversation:
+        self._chat_parts()
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt must be a string, not {type(prompt).__name__}")
         if system is not None and not isinstance(system, str):
             raise InvalidRequestError(f"system must be a string, not {type(system).__name__}")
-        pictures = [Picture(source) for source in _as_list(images)]
+        pictures = [Picture(source) for source in as_list(images)]
         turns: list[tuple[str, str | None]] = list(_checked_history(history))
         if video is not None:
             if pictures:
@@ -524,24 +498,6 @@ def _failure(error: VitrailError) -> GenerationOutput:
         usage=Usage(prompt_tokens=0),
         error=RequestFailure(type(error).__name__, str(error)),
     )
-
-
-def _features(state: Tensor, side: int) -> VisionFeatures:
-    class_token, patches = state[:, 0], state[:, 1:]
-    return VisionFeatures(
-        class_token=class_token,
-        patches=patches.unflatten(1, (side, side)),
-        pooled=torch.cat((class_token, patches.mean(1)), dim=-1),
-    )
-
-
-def _as_list(images: Images) -> list[ImageSource]:
-    """One image, several or none as a list. A string is one path, an array one image."""
-    if images is None:
-        return []
-    if isinstance(images, list | tuple):
-        return list(images)
-    return [images]  # type: ignore[list-item]
 
 
 def _checked_history(history: History | None) -> History:

@@ -13,18 +13,19 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .cli_contrastive import embed, evaluate
+from .cli_kernels import build_kernels
+from .cli_options import AsJson, Device, Dtype, Model, console, fail, load_runtime
 from .errors import VitrailError
 from .request import GenerationConfig
 
 if TYPE_CHECKING:
-    from .api import Runtime
+    from .config import InternVLConfig
 
 app = typer.Typer(
     name="vitrail",
@@ -33,13 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Wide in a pipe, so that no line of a table is cut where nobody resizes it.
-console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-
-Model = Annotated[str, typer.Option("--model", "-m", help="A local folder, a hub id or `nano`.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the best present if not given.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; sampling from above it.")]
 MaxTiles = Annotated[int | None, typer.Option(help="The most tiles an image may take.")]
@@ -50,18 +44,12 @@ def main() -> None:
     try:
         app()
     except VitrailError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"vitrail: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _load(model: str, dtype: str, device: str | None) -> "Runtime":
-    from .api import Runtime
-
-    return Runtime.from_pretrained(model, dtype=dtype, device=device)
+app.command()(embed)
+app.add_typer(evaluate, name="eval")
+app.command()(build_kernels)
 
 
 @app.command()
@@ -84,7 +72,7 @@ def generate(
 ) -> None:
     """Answer one question, about images if there are any."""
     if sum((bool(image), video is not None, pdf is not None)) > 1:
-        _fail("give --image, --video or --pdf, not several of them")
+        fail("give --image, --video or --pdf, not several of them")
     # Before the model: a mistake should not cost the minutes that loading takes.
     config = GenerationConfig(
         max_tiles=max_tiles, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -95,7 +83,7 @@ def generate(
 
         images = list(render_pages(pdf))
     keywords: dict[str, Any] = {"video": video, "system": system, "generation_config": config}
-    with _load(model, dtype, device) as runtime:
+    with load_runtime(model, dtype, device) as runtime:
         if stream and not as_json:
             for delta in runtime.stream(prompt, images, **keywords):
                 print(delta.text, end="", flush=True)
@@ -136,7 +124,7 @@ def chat(
     pending: list[Any] = list(image or [])
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are refused as a question, not here
-    with _load(model, dtype, device) as runtime:
+    with load_runtime(model, dtype, device) as runtime:
         while True:
             line = _read_line()
             if line is None or line == "/quit":
@@ -196,48 +184,78 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is: its halves, parameters, memory at each dtype, tokens per image."""
-    from .config import load_config
+    from .config import ContrastiveConfig, InternVLConfig, load_any_config
     from .weights import expected_tensors, resolve_checkpoint
 
     folder = resolve_checkpoint(model)
-    config = load_config(folder)
+    config = load_any_config(folder)
+    vision = config.vision if isinstance(config, InternVLConfig | ContrastiveConfig) else config
     shapes = expected_tensors(config)
     sizes = {"vision": 0, "projector": 0, "language": 0}
     for name, shape in shapes.items():
-        half = {"vision_model": "vision", "mlp1": "projector"}.get(name.partition(".")[0], "language")
-        sizes[half] += math.prod(shape)
+        sizes[_half(name)] += math.prod(shape)
     total = sum(sizes.values())
-    tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
-    most = tiles + 1 if config.use_thumbnail and tiles > 1 else tiles
     facts: dict[str, Any] = {
         "folder": str(folder),
-        "architecture": f"InternViT {config.vision.hidden_size} x {config.vision_depth} blocks, "
-        f"{config.llm.architecture} {config.llm.hidden_size} x {config.llm.num_hidden_layers} layers",
-        "template": config.template,
+        "architecture": f"InternViT {vision.hidden_size} x {vision.num_hidden_layers} blocks",
         "tensors": len(shapes),
         "parameters": {**sizes, "total": total},
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total, "int8": total, "int4": total // 2},
-        "kv_bytes_per_token": config.llm.kv_bytes_per_token,
-        "context": config.llm.max_model_len,
-        "tile_size": config.tile_size,
-        "tokens_per_tile": config.tokens_per_tile,
-        "tokens_per_image": {"least": config.tokens_per_tile, "most": most * config.tokens_per_tile},
     }
+    rows = [("image", f"{vision.image_size} px, {vision.grid_size**2} patches")]
+    if isinstance(config, InternVLConfig):
+        facts |= _chat_facts(config)
+        most = facts["tokens_per_image"]["most"] // config.tokens_per_tile
+        rows = [
+            ("template", config.template),
+            ("KV cache", f"{_bytes(config.llm.kv_bytes_per_token)} a token in 16 bits"),
+            ("context", f"{config.llm.max_model_len} tokens"),
+            ("tiles", f"{config.tile_size} px, {config.tokens_per_tile} tokens each, at most {most} an image"),
+        ]
+    elif isinstance(config, ContrastiveConfig):
+        llm = config.llm
+        facts["architecture"] += f", QLLaMA {llm.hidden_size} x {llm.num_hidden_layers} layers"
+        facts |= {"embed_dim": config.embed_dim, "queries": config.num_query_tokens}
+        rows.append(
+            ("embeddings", f"{config.embed_dim} numbers; InternVL-C, and G by {config.num_query_tokens} queries")
+        )
     if as_json:
         print(json.dumps({**facts, "config": asdict(config)}, ensure_ascii=False))
         return
     table = Table(show_header=False, box=None)
     table.add_row("checkpoint", str(folder))
     table.add_row("architecture", facts["architecture"])
-    table.add_row("template", config.template)
-    table.add_row("parameters", ", ".join(f"{half} {_millions(size)}" for half, size in sizes.items()))
+    table.add_row("parameters", ", ".join(f"{half} {_millions(size)}" for half, size in sizes.items() if size))
     table.add_row("in all", f"{_millions(total)} in {len(shapes)} tensors")
     for dtype, size in facts["weight_bytes"].items():
         table.add_row(f"weights in {dtype}", _bytes(size))
-    table.add_row("KV cache", f"{_bytes(config.llm.kv_bytes_per_token)} a token in 16 bits")
-    table.add_row("context", f"{config.llm.max_model_len} tokens")
-    table.add_row("tiles", f"{config.tile_size} px, {config.tokens_per_tile} tokens each, at most {most} an image")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
+
+
+def _half(tensor: str) -> str:
+    """Which half of a model a checkpoint's tensor belongs to."""
+    part = tensor.partition(".")[0]
+    if part in ("vision_model", "embeddings", "encoder"):
+        return "vision"
+    return "language" if part in ("language_model", "qllama", "query_tokens") else "projector"
+
+
+def _chat_facts(config: "InternVLConfig") -> dict[str, Any]:
+    tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
+    most = tiles + 1 if config.use_thumbnail and tiles > 1 else tiles
+    llm = config.llm
+    return {
+        "architecture": f"InternViT {config.vision.hidden_size} x {config.vision_depth} blocks, "
+        f"{llm.architecture} {llm.hidden_size} x {llm.num_hidden_layers} layers",
+        "template": config.template,
+        "kv_bytes_per_token": llm.kv_bytes_per_token,
+        "context": llm.max_model_len,
+        "tile_size": config.tile_size,
+        "tokens_per_tile": config.tokens_per_tile,
+        "tokens_per_image": {"least": config.tokens_per_tile, "most": most * config.tokens_per_tile},
+    }
 
 
 @app.command()
@@ -271,8 +289,7 @@ def doctor(as_json: AsJson = False) -> None:
         "gpus": gpus,
         "driver": _driver() if gpus else None,
         "cuda": torch.version.cuda,
-        # Every operation runs its torch reference so far; later kernels announce themselves here.
-        "kernels": dict.fromkeys(_kernel_names(), "torch"),
+        "kernels": _kernels(),
         "extras": {extra: {name: _version(name) for name in names} for extra, names in extras.items()},
     }
     if as_json:
@@ -288,7 +305,8 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row("driver", f"{report['driver']}; PyTorch was built for CUDA {report['cuda']}")
     else:
         table.add_row("GPU", "none seen: everything runs on the CPU")
-    table.add_row("kernels", ", ".join(report["kernels"]) + " (torch)")
+    for what, state in report["kernels"].items():
+        table.add_row(what, state)
     for extra, packages in report["extras"].items():
         found = [f"{name} {number}" for name, number in packages.items() if number]
         missing = [name for name, number in packages.items() if not number]
@@ -306,22 +324,39 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A sc
     known = sorted(
         info.name
         for info in pkgutil.iter_modules(scripts.__path__)
-        if not info.ispkg and info.name not in ("harness", "peer", "report")
+        if not info.ispkg and info.name not in ("harness", "models", "peer", "report")
     )
     if name not in known:
-        _fail(f"bench: no script {name!r}; known: {', '.join(known)}")
+        fail(f"bench: no script {name!r}; known: {', '.join(known)}")
     sys.argv = [f"vitrail bench {name}", *context.args]
     try:
         script = importlib.import_module(f"{scripts.__name__}.{name}")
     except ModuleNotFoundError as error:
-        _fail(f"bench {name} needs the package {error.name}: pip install 'vitrail[dev]'")
+        fail(f"bench {name} needs the package {error.name}: pip install 'vitrail[dev]'")
     script.main()
 
 
-def _kernel_names() -> list[str]:
-    from .. import kernels
+def _kernels() -> dict[str, str]:
+    """What runs the operations on each kind of device, in words; what is missing, with what is lost for it."""
+    from ..kernels import cpu_extension, dispatch
+    from ..kernels.language import HAS_TRITON
+    from ..kernels.pack import packs
 
-    return sorted(info.name for info in pkgutil.iter_modules([str(Path(str(kernels.__file__)).parent)]))
+    names = [str(pack.folder) for pack in packs()]
+    compiler = f"Triton {_version('triton')}" if HAS_TRITON else "no Triton: plain torch unless a kernel pack is there"
+    pack = f"in {', '.join(names)}" if names else "none: kernels are compiled when first used (vitrail build-kernels)"
+    tables = [str(found) for found in dispatch.user_tables()]
+    table = f"measured here: {', '.join(tables)}" if tables else "shipped (vitrail bench tune measures this GPU)"
+    if cpu_extension.extension is None:
+        cpu = f"none, {cpu_extension.missing_because}: images are resized by Pillow and quantised models run slowly"
+    else:
+        cpu = ", ".join(cpu_extension.extension.instruction_sets())
+    return {
+        "GPU kernels": compiler,
+        "kernel pack": pack,
+        "dispatch table": table,
+        "CPU extension": cpu,
+    }
 
 
 def _driver() -> str | None:

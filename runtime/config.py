@@ -1,12 +1,13 @@
 """What a checkpoint's `config.json` says, read into frozen dataclasses that hold only what vitrail reads.
 
-The fields and their defaults follow the official InternVL-Chat configuration (`model_type: internvl_chat`).
+The fields and their defaults follow the official configurations: InternVL-Chat (`model_type: internvl_chat`), the
+contrastive InternVL-C/G (`internvl` with a `qllama_config`) and InternViT on its own (`intern_vit_6b`).
 Sizes have no defaults: a model is always built from its own file, never from its name.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isclose, log, sqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -162,6 +163,46 @@ class InternVLConfig:
         return self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
 
 
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """An InternVL-C/G model: InternViT, QLLaMA (`llm`), and the heads that bring both to one space of embeddings."""
+
+    vision: VisionConfig
+    llm: DecoderConfig
+    embed_dim: int
+    pool_heads: int
+    num_query_tokens: int
+    cross_attention_frequency: int
+
+    def __post_init__(self) -> None:
+        if self.llm.num_key_value_heads != self.llm.num_attention_heads:
+            raise ConfigError("qllama_config: grouped queries are not supported")
+        if self.llm.head_dim * self.llm.num_attention_heads != self.llm.hidden_size:
+            raise ConfigError(
+                f"qllama_config: {self.llm.num_attention_heads} heads of head_dim {self.llm.head_dim} "
+                f"do not make hidden_size {self.llm.hidden_size}"
+            )
+        if self.llm.tie_word_embeddings or self.llm.qkv_bias or self.llm.rope_scaling is not None:
+            raise ConfigError("qllama_config: tied embeddings, attention biases and rope_scaling are not supported")
+        for half, size in (("vision_config", self.vision.hidden_size), ("qllama_config", self.llm.hidden_size)):
+            if size % self.pool_heads:
+                raise ConfigError(
+                    f"{half}: hidden_size {size} is not a multiple of attn_pool_num_heads {self.pool_heads}"
+                )
+        if self.num_query_tokens >= self.llm.max_position_embeddings:
+            raise ConfigError(
+                f"num_query_token {self.num_query_tokens} leaves no room in the {self.llm.max_position_embeddings} "
+                "positions of qllama_config"
+            )
+
+    def has_cross_attention(self, layer: int) -> bool:
+        """Whether QLLaMA's layer (from 0) looks at the image."""
+        return layer % self.cross_attention_frequency == 0
+
+
+ModelConfig = InternVLConfig | ContrastiveConfig | VisionConfig
+
+
 class _Section:
     """A JSON object whose missing or mistyped entries become a `ConfigError` that names them."""
 
@@ -282,16 +323,21 @@ def _parse_decoder(values: Any) -> DecoderConfig:
     architecture = architectures[0]
     if architecture not in _ARCHITECTURES:
         raise ConfigError(f"llm_config: unknown architecture {architecture!r}; known: {', '.join(_ARCHITECTURES)}")
+    return _parse_architecture(section, architecture)
+
+
+def _parse_architecture(section: _Section, architecture: str) -> DecoderConfig:
+    name = section.name
     section.choice("hidden_act", ("silu",), "silu")
     if section.flag("mlp_bias", False):
-        raise ConfigError("llm_config: `mlp_bias` true is not supported")
+        raise ConfigError(f"{name}: `mlp_bias` true is not supported")
     if section.number("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("llm_config: `partial_rotary_factor` other than 1 is not supported")
+        raise ConfigError(f"{name}: `partial_rotary_factor` other than 1 is not supported")
 
     heads = section.size("num_attention_heads")
     hidden_size = section.size("hidden_size")
     if section.values.get("head_dim") is None and hidden_size % heads:
-        raise ConfigError(f"llm_config: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+        raise ConfigError(f"{name}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
     head_dim = section.size("head_dim", hidden_size // heads)
     max_positions = section.size("max_position_embeddings")
     sliding_window = section.values.get("sliding_window")
@@ -330,7 +376,7 @@ def parse_config(values: Mapping[str, Any]) -> InternVLConfig:
     model_type = section.values.get("model_type")
     if model_type != "internvl_chat":
         if "qllama_config" in section.values:
-            raise ConfigError("config.json: this is a contrastive model (InternVL-C/G), which are not available yet")
+            raise ConfigError("config.json: this is a contrastive model (InternVL-C/G), not a chat model")
         hint = " (the transformers-native form; use the original checkpoint)" if model_type == "internvl" else ""
         raise ConfigError(f"config.json: unknown model_type {model_type!r}{hint}; known: internvl_chat")
     for key in ("use_backbone_lora", "use_llm_lora"):
@@ -355,15 +401,52 @@ def parse_config(values: Mapping[str, Any]) -> InternVLConfig:
     )
 
 
+def parse_contrastive_config(values: Mapping[str, Any]) -> ContrastiveConfig:
+    """Read an official InternVL-C/G `config.json`, already decoded. Raises `ConfigError` naming the entry."""
+    section = _Section(values, "config.json")
+    for key in ("use_backbone_lora", "use_qllama_lora"):
+        if section.values.get(key):
+            raise ConfigError(f"config.json: `{key}` is {section.values[key]}; merge the LoRA weights first")
+    vision = _parse_vision(section.values.get("vision_config"))
+    return ContrastiveConfig(
+        # A checkpoint tuned at another size stores the positions of that size, whatever its vision_config says.
+        vision=replace(vision, image_size=section.size("force_image_size", vision.image_size)),
+        llm=_parse_architecture(_Section(section.values.get("qllama_config"), "qllama_config"), "LlamaForCausalLM"),
+        embed_dim=section.size("clip_embed_dim", 768),
+        pool_heads=section.size("attn_pool_num_heads", 16),
+        num_query_tokens=section.size("num_query_token", 96),
+        cross_attention_frequency=section.size("cross_attention_frequency", 2),
+    )
+
+
+def parse_any_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Read a decoded `config.json` of any model that vitrail runs."""
+    if isinstance(values, Mapping):
+        if values.get("model_type") == "internvl" and "qllama_config" in values:
+            return parse_contrastive_config(values)
+        if values.get("model_type") == "intern_vit_6b":  # the 300M's too
+            return _parse_vision(values)
+    return parse_config(values)
+
+
 def load_config(source: str | Path | Mapping[str, Any]) -> InternVLConfig:
-    """Read the config of a checkpoint folder, or an already decoded `config.json`."""
+    """Read the config of a chat model: a checkpoint folder, or an already decoded `config.json`."""
+    return parse_config(_decoded(source))
+
+
+def load_any_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
+    """Read the config of any model that vitrail runs: a checkpoint folder, or an already decoded `config.json`."""
+    return parse_any_config(_decoded(source))
+
+
+def _decoded(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
-        return parse_config(source)
+        return source
     path = Path(source) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or 'cannot be read'}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{path}: not valid JSON") from None
-    return parse_config(values)
+    return values

@@ -17,7 +17,7 @@ import os
 import re
 import stat
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ..kernels.cpu_extension import extension
 from .errors import ConfigError, InvalidRequestError
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
@@ -315,19 +316,18 @@ def tile_image(
     min_tiles: int = 1,
     max_tiles: int = 12,
     use_thumbnail: bool = True,
+    *,
+    num_threads: int = 1,
 ) -> npt.NDArray[np.uint8]:
     """uint8 (tiles, tile_size, tile_size, 3): row-major tiles of the resized image, the thumbnail last.
 
     Bit-equal to the reference's Pillow pipeline for every size and mode. A pure function: no limits, no EXIF.
     """
     picture = _picture(image)
-    columns, rows = choose_grid(*picture.size, tile_size, min_tiles, max_tiles)
-    tiles = np.empty((count_tiles((columns, rows), use_thumbnail), tile_size, tile_size, 3), np.uint8)
-    canvas = _resized(picture, columns * tile_size, rows * tile_size).reshape(rows, tile_size, columns, tile_size, 3)
-    grid = tiles[: rows * columns].reshape(rows, columns, tile_size, tile_size, 3)  # a view
-    grid[:] = canvas.swapaxes(1, 2)
-    if len(tiles) > rows * columns:
-        tiles[-1] = _resized(picture, tile_size, tile_size)
+    grid = choose_grid(*picture.size, tile_size, min_tiles, max_tiles)
+    tiles = np.empty((count_tiles(grid, use_thumbnail), tile_size, tile_size, 3), np.uint8)
+    grids = [grid] if len(tiles) == grid[0] * grid[1] else [grid, (1, 1)]
+    _fill_tiles(tiles, picture, grids, num_threads)
     return tiles
 
 
@@ -347,7 +347,9 @@ def tile_static(
         square = Image.new("RGB", (side, side), PAD_COLOUR)
         square.paste(picture, ((side - width) // 2, (side - height) // 2))
         picture = square
-    return _resized(picture, tile_size, tile_size)[None].copy()  # writable, as the tiles of `tile_image` are
+    tiles = np.empty((1, tile_size, tile_size, 3), np.uint8)
+    _fill_tiles(tiles, picture, [(1, 1)])
+    return tiles
 
 
 def _picture(image: Image.Image | npt.NDArray[Any]) -> Image.Image:
@@ -361,6 +363,74 @@ def _picture(image: Image.Image | npt.NDArray[Any]) -> Image.Image:
     return _to_rgb(image, "image")
 
 
-def _resized(picture: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:
-    """uint8 (height, width, 3), read-only: Pillow's antialiased bicubic."""
-    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+def _fill_tiles(
+    tiles: npt.NDArray[np.uint8], picture: Image.Image, grids: Sequence[Grid], num_threads: int = 1
+) -> None:
+    """Resize the whole picture into each of the grids, which stand one behind the other in `tiles`."""
+    height_first = _pass_order()
+    if height_first is None:
+        _fill_with_pillow(tiles, picture, grids)
+    else:
+        _fill_with_extension(tiles, picture, grids, height_first, num_threads)
+
+
+def _fill_with_pillow(tiles: npt.NDArray[np.uint8], picture: Image.Image, grids: Sequence[Grid]) -> None:
+    size = tiles.shape[1]
+    for columns, rows in grids:
+        resized = picture.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+        canvas = np.asarray(resized).reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+        tiles[: rows * columns].reshape(rows, columns, size, size, 3)[:] = canvas  # into a view
+        tiles = tiles[rows * columns :]
+
+
+def _fill_with_extension(
+    tiles: npt.NDArray[np.uint8],
+    picture: Image.Image,
+    grids: Sequence[Grid],
+    height_first: "HeightFirst",
+    num_threads: int = 1,
+    isa: str = "",
+) -> None:
+    assert extension is not None
+    size = tiles.shape[1]
+    ordered = [(columns, rows, height_first(picture.size, (columns * size, rows * size))) for columns, rows in grids]
+    extension.fill_tiles(tiles, ordered, *picture.size, _blocks(picture), threads=num_threads, isa=isa)
+
+
+def _blocks(picture: Image.Image) -> Iterator[npt.NDArray[np.uint8] | tuple[object, object]]:
+    """The pixels by blocks of rows that stay in a cache: an array of a whole photograph takes longer than its tiles."""
+    rows = 16 * max(1, 2**18 // (16 * picture.width))
+    for top in range(0, picture.height, rows):
+        block = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        try:
+            yield block.__arrow_c_array__()  # Pillow's own memory
+        except (AttributeError, ValueError):  # before Pillow 11.3, or not in one piece
+            yield np.asarray(block)
+
+
+# Pillow resizes one side after the other and rounds to 8 bits in between, so its bytes depend on which side is first.
+HeightFirst = Callable[[Size, Size], bool]
+_PASS_ORDERS: tuple[HeightFirst, ...] = (
+    lambda old, new: old[1] > new[1] and old[1] - new[1] > 2 * (old[0] - new[0]),  # Pillow 13
+    lambda old, new: old[1] > new[1] and old[1] > 100 * old[0],  # Pillow 12.2
+    lambda old, new: False,  # before
+)
+_PROBES = ((9, 40), (2, 250), (20, 24), (11, 16), (12, 16), (40, 9), (5, 7), (8, 8))  # sizes that tell them apart
+
+
+@lru_cache(maxsize=1)
+def _pass_order() -> HeightFirst | None:
+    """When the Pillow that is installed resizes the height first; None where the extension has not its bytes."""
+    if extension is None:
+        return None
+    noise = np.random.default_rng(0)
+    pictures = [Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)) for width, height in _PROBES]
+    expected, found = (np.empty((len(pictures), 8, 8, 3), np.uint8) for _ in range(2))
+    for picture, tile in zip(pictures, expected, strict=True):
+        _fill_with_pillow(tile[None], picture, [(1, 1)])
+    for order in _PASS_ORDERS:
+        for picture, tile in zip(pictures, found, strict=True):
+            _fill_with_extension(tile[None], picture, [(1, 1)], order)
+        if np.array_equal(expected, found):
+            return order
+    return None

@@ -19,20 +19,15 @@ Log-probabilities are the model's own, of the logits before step 1: they do not 
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels.sampling import greedy_tokens, sample_tokens
 from .errors import InvalidRequestError, VitrailError
 from .request import FinishReason, GenerationConfig, TokenLogprobs
-
-# Below this float32 overflows on the way; every difference between logits already decides by itself.
-MIN_TEMPERATURE = 1e-5
-
-# Nuclei are rarely wider: the 1024 best of 92,553 logits take 0.5 ms to find on one CPU core, sorting all takes 9 ms.
-NUCLEUS_CANDIDATES = 1024
 
 
 class SamplingState:
@@ -57,47 +52,70 @@ class SamplingState:
         self.config = config
         self.token_ids: list[int] = []  # the answer so far
         self._counts: Counter[int] = Counter()
-        self._prompt = frozenset(prompt_token_ids) - {image_token_id} if config.repetition_penalty != 1 else frozenset()
+        self._repetition = config.repetition_penalty != 1
+        # What the repetition penalty is for; a dict, since its keys are both found and listed fast.
+        self._seen = dict.fromkeys(token for token in prompt_token_ids if self._repetition and token != image_token_id)
         self._bad_words = [tuple(word) for word in bad_words if word]
         self._stop_ids = sorted(stop_ids(config, eos_token_ids))
         # Python's generator takes the whole of its seed; torch's on a CPU only 32 bits of it, and it is slower.
         self._random = random.Random(None if config.seed is None else f"{config.seed}/{index}")
-        self._counted = bool(config.presence_penalty or config.frequency_penalty or config.repetition_penalty != 1)
-        self.edits = bool(config.logit_bias or self._counted or self._bad_words or config.min_new_tokens)
+        self._counted = bool(config.presence_penalty or config.frequency_penalty)
+        self.edits = bool(
+            config.logit_bias or self._repetition or self._counted or self._bad_words or config.min_new_tokens
+        )
 
     def append(self, token_id: int) -> None:
         """Takes `token_id` as the next token of the answer. `sample` does so for what it picks."""
         self.token_ids.append(token_id)
         if self._counted:
             self._counts[token_id] += 1
+        if self._repetition:
+            self._seen[token_id] = None
 
     def uniform(self) -> float:
         """The next number of the sequence's random stream, in [0, 1)."""
         return self._random.random()
 
-    def edit(self, logits: Tensor) -> None:
-        """Applies steps 1 to 5 to `logits` [vocab], in place."""
+    def token_edits(self, vocab: int) -> list[tuple[list[int], list[float]]]:
+        """Steps 1 to 5, the last two as one: the tokens below `vocab` that each changes, and a number for each."""
         config = self.config
-        device = logits.device
-        if config.logit_bias:
-            ids = torch.tensor(list(config.logit_bias), device=device)
-            logits[ids] += torch.tensor(list(config.logit_bias.values()), device=device)
-        if config.repetition_penalty != 1 and (seen := self._prompt | self._counts.keys()):
-            ids = torch.tensor(sorted(seen), device=device)
-            scores, penalty = logits[ids], config.repetition_penalty
-            logits[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        if self._counts and (config.presence_penalty or config.frequency_penalty):
-            ids = torch.tensor(list(self._counts), device=device)
-            counts = torch.tensor(list(self._counts.values()), device=device)
-            logits[ids] -= config.presence_penalty + config.frequency_penalty * counts
-        banned = [word[-1] for word in self._bad_words if self._ends_with(word[:-1])]
+        bias = config.logit_bias or {}
+        seen = list(self._seen)
+        penalties = [-config.presence_penalty - config.frequency_penalty * count for count in self._counts.values()]
+        ruled_out = [word[-1] for word in self._bad_words if self._ends_with(word[:-1])]
         if len(self.token_ids) < config.min_new_tokens:
-            banned += self._stop_ids
-        if banned:
-            logits[torch.tensor(banned, device=device)] = -math.inf
+            ruled_out += self._stop_ids
+        ruled_out = [token for token in ruled_out if token < vocab]  # the tokenizer may know more
+        return [
+            (list(bias), list(bias.values())),
+            (seen, [config.repetition_penalty] * len(seen)),
+            (list(self._counts), penalties),
+            (ruled_out, [-math.inf] * len(ruled_out)),
+        ]
 
     def _ends_with(self, ids: tuple[int, ...]) -> bool:
         return not ids or tuple(self.token_ids[-len(ids) :]) == ids
+
+
+def edit(logits: Tensor, states: Sequence[SamplingState]) -> None:
+    """Applies steps 1 to 5 to `logits` [num_sequences, vocab], in place."""
+    vocab = logits.shape[-1]
+    flat = logits.view(-1)
+    for number, step in enumerate(zip(*(state.token_edits(vocab) for state in states), strict=True), start=1):
+        places: list[int] = []
+        operands: list[float] = []
+        for row, (ids, values) in enumerate(step):
+            places += [row * vocab + token for token in ids]
+            operands += values
+        if not places:
+            continue
+        place = _to_device(places, torch.int64, logits.device)
+        operand = _to_device(operands, torch.float32, logits.device)
+        if number == 2:  # the repetition penalty; the others add
+            scores = flat.index_select(0, place)
+            flat.index_copy_(0, place, torch.where(scores < 0, scores * operand, scores / operand))
+        else:
+            flat.index_add_(0, place, operand)
 
 
 class Sampled(NamedTuple):
@@ -111,21 +129,23 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | Vi
     """The next token of each sequence, which its state has taken note of, or the error that ends that sequence alone.
 
     logits: [num_sequences, vocab] float32, on any device; unchanged. A row's outcome does not depend on the others.
+    The device is waited for once, for the tokens, and again only for log-probabilities.
     """
-    peaks, best = logits.max(dim=-1)  # NaN counts as the greatest, so that the peak of a broken row is not finite
-    tokens: list[int] = best.tolist()
-    errors: dict[int, VitrailError] = {
-        row: VitrailError(f"the model gave logits that are not finite ({peak}) for output token {len(state.token_ids)}")
-        for row, (peak, state) in enumerate(zip(peaks.tolist(), states, strict=True))
-        if not math.isfinite(peak)
-    }
-    rows = [row for row, state in enumerate(states) if (state.edits or not state.config.greedy) and row not in errors]
-    if rows:
-        for row, token in zip(rows, _pick(logits[rows], [states[row] for row in rows]), strict=True):
-            if token is None:
-                errors[row] = InvalidRequestError("bad_words and min_new_tokens together rule out every token")
-            else:
-                tokens[row] = token
+    rows = [row for row, state in enumerate(states) if state.edits or not state.config.greedy]
+    picked = _pick(logits, rows, [states[row] for row in rows]) if rows else ()
+    best, peaks, *picks = _to_lists(*greedy_tokens(logits), *picked)
+    tokens = [int(token) for token in best]
+    errors: dict[int, VitrailError] = {}
+    for row, token, *left in zip(rows, *picks, strict=True):
+        tokens[row] = int(token)
+        if left == [-math.inf]:
+            errors[row] = InvalidRequestError("bad_words and min_new_tokens together rule out every token")
+    for row, (peak, state) in enumerate(zip(peaks, states, strict=True)):
+        if not math.isfinite(peak):  # whatever was made of it since
+            position = len(state.token_ids)
+            errors[row] = VitrailError(
+                f"the model gave logits that are not finite ({peak}) for output token {position}"
+            )
     logprobs = _logprobs(logits, tokens, {row: states[row] for row in range(len(states)) if row not in errors})
     outcome: list[Sampled | VitrailError] = []
     for row, state in enumerate(states):
@@ -137,77 +157,51 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | Vi
     return outcome
 
 
-def _pick(logits: Tensor, states: Sequence[SamplingState]) -> list[int | None]:
-    """A token for each row of `logits`, which is overwritten; None where every token is ruled out."""
-    for row, state in zip(logits, states, strict=True):
-        if state.edits:
-            state.edit(row)
-    peaks, picked = logits.max(dim=-1)
-    possible = peaks > -math.inf
+def _pick(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> tuple[Tensor, ...]:
+    """A token for each of the `rows` of `logits`, whose `states` edit or draw; with edits, the peaks they leave."""
+    edited = any(state.edits for state in states)
+    if edited or len(rows) < len(logits):
+        logits = logits[_to_device(rows, torch.int64, logits.device)]
+    if not edited:
+        return (_draw(logits, states),)
+    edit(logits, states)
+    tokens, peaks = greedy_tokens(logits)
     drawn = [row for row, state in enumerate(states) if not state.config.greedy]
-    if drawn:
-        random_states = [states[row] for row in drawn]
-        picked[drawn] = draw(
-            keep_likely(logits[drawn], [state.config for state in random_states]),
-            [state.uniform() for state in random_states],
-        )
-    return [token if ok else None for token, ok in zip(picked.tolist(), possible.tolist(), strict=True)]
+    if len(drawn) == len(states):
+        tokens = _draw(logits, states)
+    elif drawn:
+        index = _to_device(drawn, torch.int64, logits.device)
+        tokens[index] = _draw(logits[index], [states[row] for row in drawn])
+    return tokens, peaks
 
 
-def keep_likely(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
-    """`logits` [n, vocab] after temperature, top_k, top_p and min_p of each row's config; -inf where ruled out."""
-    temperatures = [max(config.sampling_temperature, MIN_TEMPERATURE) for config in configs]
-    logits = logits / torch.tensor(temperatures, device=logits.device)[:, None]
-    logits = _where_given(top_k, logits, [config.top_k for config in configs])
-    # a nucleus of everything is no filter, though its sum in floating point may reach 1 early
-    logits = _where_given(top_p, logits, [None if config.top_p == 1 else config.top_p for config in configs])
-    return _where_given(min_p, logits, [config.min_p for config in configs])
+def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """A token for each row of `logits`, at random."""
+    configs = [state.config for state in states]
+    columns: list[list[float]] = [
+        [config.sampling_temperature for config in configs],
+        [config.top_k or 0 for config in configs],
+        [1.0 if config.top_p is None else config.top_p for config in configs],
+        [config.min_p or 0.0 for config in configs],
+        [state.uniform() for state in states],
+    ]
+    # Of an even length, so that each begins at a multiple of 16 bytes: kernels are compiled for that.
+    even = len(states) + len(states) % 2
+    settings = _to_device([[*column, 0.0][:even] for column in columns], torch.float64, logits.device)
+    return sample_tokens(logits, *(column[: len(states)] for column in settings))
 
 
-def _where_given(keep: Callable[[Tensor, Tensor], Tensor], logits: Tensor, values: Sequence[float | None]) -> Tensor:
-    """`logits`, which may be overwritten, with `keep` applied to the rows that have a value."""
-    rows = [row for row, value in enumerate(values) if value is not None]
-    if not rows:
-        return logits
-    given = torch.tensor([values[row] for row in rows], dtype=torch.float64, device=logits.device)
-    if len(rows) == len(values):
-        return keep(logits, given)
-    logits[rows] = keep(logits[rows], given)
-    return logits
+def _to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`values` as a tensor on `device`, which is not waited for."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
-def top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """`logits` [n, vocab] without those below each row's `k`-th best [n]; ties with that one are kept."""
-    k = k.long().clamp(max=logits.shape[-1])
-    best = logits.topk(int(k.max())).values
-    return logits.masked_fill(logits < best.gather(-1, (k - 1)[:, None]), -math.inf)
-
-
-def top_p(logits: Tensor, p: Tensor) -> Tensor:
-    """`logits` [n, vocab] of the fewest tokens whose probabilities sum to `p` [n]; ties with the last one are kept."""
-    p = p.double()[:, None]
-    total = logits.double().logsumexp(-1, keepdim=True)  # in double: the tail of a wide nucleus is made of tiny parts
-    best = logits.topk(min(NUCLEUS_CANDIDATES, logits.shape[-1])).values
-    reached = (best - total).exp().cumsum(-1)
-    if bool((reached[:, -1:] < p).any()):
-        best = logits.sort(descending=True).values
-        reached = (best - total).exp().cumsum(-1)
-    # a token belongs to the nucleus if those before it do not reach p
-    last = (reached[:, :-1] < p).sum(-1, keepdim=True)
-    return logits.masked_fill(logits < best.gather(-1, last), -math.inf)
-
-
-def min_p(logits: Tensor, p: Tensor) -> Tensor:
-    """`logits` [n, vocab] without those of tokens less likely than `p` [n] times the likeliest."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log().float()[:, None], -math.inf)
-
-
-def draw(logits: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """A token id for each row of `logits` [n, vocab]: where the row's cumulative probability passes its `uniform`."""
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Counted from the far end, the target is above 0 and at most the total: a token of probability 0 is never hit.
-    shares = torch.tensor([1 - uniform for uniform in uniforms], dtype=torch.float64, device=logits.device)
-    return torch.searchsorted(cumulative, cumulative[:, -1:] * shares[:, None]).squeeze(-1)
+def _to_lists(*tensors: Tensor) -> list[list[float]]:
+    """The values of each tensor (n,), by one copy from the device, which has to be waited for."""
+    if not tensors[0].is_cuda:
+        return [tensor.tolist() for tensor in tensors]
+    values = torch.cat([tensor.double() for tensor in tensors])  # token ids are exact in it
+    return [part.tolist() for part in values.cpu().split([len(tensor) for tensor in tensors])]
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int], states: dict[int, SamplingState]) -> dict[int, TokenLogprobs]:

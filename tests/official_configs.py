@@ -1,4 +1,4 @@
-"""What the `config.json` of released InternVL-Chat checkpoints says, in the entries that vitrail reads."""
+"""What the `config.json` of released checkpoints says, in the entries that vitrail reads."""
 
 from typing import Any
 
@@ -161,3 +161,35 @@ def chat(vision: dict[str, Any], llm: dict[str, Any], **changes: Any) -> dict[st
 
 INTERNVL_CHAT_V1_5 = chat(INTERNVIT_6B, INTERNLM2_20B)
 INTERNVL2_1B = chat(INTERNVIT_300M, QWEN2_0_5B, template="Hermes-2")
+
+INTERNVIT_6B_224PX: dict[str, Any] = INTERNVIT_6B | {"num_hidden_layers": 48, "image_size": 224}
+# C and G: one checkpoint.
+INTERNVL_14B_224PX: dict[str, Any] = {
+    "model_type": "internvl",
+    "architectures": ["InternVLModel"],
+    "clip_embed_dim": 768,
+    "attn_pool_num_heads": 16,
+    "num_query_token": 96,
+    "cross_attention_frequency": 2,
+    "force_image_size": None,
+    "use_backbone_lora": 0,
+    "use_qllama_lora": 0,
+    "torch_dtype": "bfloat16",
+    "vision_config": INTERNVIT_6B_224PX,
+    "qllama_config": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 49954,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-06,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    },
+}

@@ -1,4 +1,4 @@
-"""Random tiny checkpoints in the official InternVL-Chat format.
+"""Random tiny checkpoints in the official formats of InternVL-Chat and InternVL-C/G.
 
 Weights have the scale of trained ones (activations neither vanish nor explode), and nothing is neutral: norm weights
 and LayerScale are not 1, biases are not 0, so that a part that is skipped, swapped or doubled shows in the output.
@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitrail.runtime.config import InternVLConfig, parse_config
+from vitrail.runtime.config import ModelConfig, parse_config, parse_contrastive_config
+from vitrail.runtime.models.contrastive import ContrastiveModel
 from vitrail.runtime.models.internvl import InternVLModel
 from vitrail.runtime.weights import build_model, expected_tensors
 
@@ -84,7 +85,26 @@ def chat_config(
     }
 
 
-def random_weights(config: Mapping[str, Any] | InternVLConfig, seed: int = 0) -> dict[str, Tensor]:
+def contrastive_config(
+    vision: Mapping[str, Any] | None = None, llm: Mapping[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """A decoded `config.json` of InternVL-C/G: the ViT of `chat_config`, four QLLaMA layers, six queries."""
+    chat = chat_config("LlamaForCausalLM", vision, llm)
+    qllama = {**chat["llm_config"], "num_hidden_layers": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+    return {
+        "model_type": "internvl",
+        "architectures": ["InternVLModel"],
+        "clip_embed_dim": 20,
+        "attn_pool_num_heads": 4,
+        "num_query_token": 6,
+        "cross_attention_frequency": 2,
+        "vision_config": chat["vision_config"],
+        "qllama_config": qllama | dict(llm or {}),
+        **changes,
+    }
+
+
+def random_weights(config: Mapping[str, Any] | ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Every tensor that a checkpoint of this config holds, fp32, under its official name."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _random(name, shape, generator) for name, shape in expected_tensors(config).items()}
@@ -96,7 +116,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     if len(shape) == 1 and name.endswith("weight"):  # of a norm
         return torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
     values = torch.randn(shape, generator=generator)
-    if name.endswith(("tok_embeddings.weight", "embed_tokens.weight")):
+    if name.endswith(("tok_embeddings.weight", "embed_tokens.weight", "query_tokens", "logit_scale")):
         return values
     if name.endswith(("bias", "class_embedding", "position_embedding")):
         return values * 0.3
@@ -114,6 +134,15 @@ def build(
 ) -> InternVLModel:
     """The model on the CPU."""
     return build_model(parse_config(config), weights.items(), dtype=dtype, device=torch.device("cpu"))
+
+
+def build_contrastive(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> ContrastiveModel:
+    """The model on the CPU."""
+    model = build_model(parse_contrastive_config(config), weights.items(), dtype=dtype, device=torch.device("cpu"))
+    assert isinstance(model, ContrastiveModel)
+    return model
 
 
 def write_checkpoint(

@@ -25,13 +25,18 @@ LAYERS = (
     ("runtime.layers", "runtime.quantization"),
     ("runtime.models",),
     (
-        *("runtime.weights", "runtime.tokenizer", "runtime.vocabulary", "runtime.prompt"),
+        *("runtime.weights", "runtime.checkpoint_map", "runtime.tokenizer", "runtime.vocabulary", "runtime.prompt"),
         *("runtime.image", "runtime.video", "runtime.pdf", "runtime.sampler", "runtime.backends"),
+        *("runtime.resize", "runtime.prefetch", "runtime.texts", "runtime.zero_shot", "runtime.class_names"),
+        *("runtime.retrieval", "runtime.datasets"),
     ),
-    ("runtime.engine",),
+    ("runtime.engine", "runtime.captions", "runtime.kernel_pack"),
     ("runtime.distributed",),
-    ("runtime.api", "runtime.messages", "runtime.options"),
-    ("runtime.server", "runtime.cli"),
+    (
+        *("runtime.api", "runtime.messages", "runtime.options"),
+        *("runtime.loaded", "runtime.features", "runtime.contrastive", "runtime.evaluation", "runtime.embedding_file"),
+    ),
+    ("runtime.server", "runtime.cli", "runtime.cli_options", "runtime.cli_contrastive", "runtime.cli_kernels"),
 )
 # The exporters are beside that line: they see the models and what carries them, never the engine.
 EXPORT_SEES = (*(part for layer in LAYERS[:4] for part in layer), "runtime.weights", "runtime.backends", "export")

@@ -1,7 +1,9 @@
 """What is built and installed: the wheel holds the package and nothing else, under one name."""
 
 import importlib.metadata
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,21 +15,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "runtime", "export", "bench")
-NOT_COPIED = (".*", "build", "dist", "*.egg-info", "__pycache__", "results")
+NOT_COPIED = (".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "results")
+
+
+def build(folder: Path, *steps: str, **variables: str) -> str:
+    """What steps of the build backend print; they run on a copy of the tree, without network, into folder/out."""
+    # A copy, because setuptools leaves a build/ behind whose old files would slip into the next wheel.
+    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
+    (folder / "out").mkdir()
+    code = "from setuptools.build_meta import *; " + "; ".join(f"{step}('../out')" for step in steps)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder / "tree",
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the source distribution, built without network from a copy of the tree."""
+    """A folder with the wheel, without the C++ extension, and the source distribution."""
     folder = tmp_path_factory.mktemp("packaging")
-    # A copy, because setuptools leaves a build/ behind whose old files would slip into the next wheel.
-    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
-    code = "from setuptools.build_meta import *; build_wheel('../out'); build_sdist('../out')"
-    (folder / "out").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder / "tree", capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    printed = build(folder, "build_wheel", "build_sdist", VITRAIL_NO_EXTENSION="1")
+    assert "vitrail: the C++ extension is not built: VITRAIL_NO_EXTENSION is set" in printed
     return folder / "out"
 
 
@@ -81,6 +96,7 @@ def test_the_source_distribution_can_be_built_from_and_tested(built: Path) -> No
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", "tests/conftest.py"} <= held
     assert {f"examples/{file.name}" for file in (ROOT / "examples").glob("*.*")} <= held
+    assert {f"csrc/cpu/{file.name}" for file in (ROOT / "csrc/cpu").glob("[!.]*")} <= held
     assert not {name for name in held if "__pycache__" in name}
 
 
@@ -109,3 +125,30 @@ def test_the_version_is_told_once(wheel: Path) -> None:
 def test_the_command_is_installed(wheel: Path) -> None:
     entry = next(name for name in names(wheel) if name.endswith("entry_points.txt"))
     assert "vitrail = vitrail.runtime.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_without_the_extension_the_wheel_is_for_every_machine(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_what_cannot_be_compiled_costs_the_extension_alone(tmp_path: Path) -> None:
+    printed = build(tmp_path, "build_wheel", CC="no-such-compiler", CXX="no-such-compiler")
+    assert "vitrail: the C++ extension is not built: " in printed
+    assert not {name for name in names(next((tmp_path / "out").glob("*.whl"))) if name.endswith(".so")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("pybind11"), reason="pybind11 is not installed")
+def test_the_wheel_with_the_extension_holds_it_and_none_of_its_sources(wheel: Path, tmp_path: Path) -> None:
+    build(tmp_path, "build_wheel", VITRAIL_WERROR="1")
+    full = next((tmp_path / "out").glob("*.whl"))
+    (binary,) = {name for name in names(full) if name not in names(wheel)}
+    assert binary.startswith("vitrail/_cpu.")
+    zipfile.ZipFile(full).extractall(tmp_path / "installed")
+    code = (
+        "import sys; sys.path.insert(0, '.'); from vitrail import _cpu; print(_cpu.__file__, *_cpu.instruction_sets())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[:2] == [str(tmp_path / "installed" / binary), "portable"], done.stderr

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidRequestError, VitrailError
-from ..layers.kv_cache import KVCache, KVSlice
+from ..layers.kv_cache import BLOCK_SIZE
 from ..layers.rotary import inverse_frequencies
 from ..models.internvl import InternVLModel
 from ..request import FinishReason, GenerationConfig, StreamDelta
 from ..sampler import Sampled, SamplingState, StopChecker, sample
 from ..tokenizer import Tokenizer
+from .block_manager import BlockManager
 from .processor import Prepared
+from .runner import Runner
 from .sequence import Request, Sequence
-
-# Tiles in one pass of the vision half: enough to fill the matrix products, few enough to bound its activations.
-TILES_PER_BATCH = 16
 
 # What keys and values may take where the system does not tell how much memory is available.
 _UNKNOWN_MEMORY = 4 * 2**30
@@ -44,19 +43,22 @@ class Engine:
         max_num_seqs: int,
         max_model_len: int,
         gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
     ) -> None:
-        self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
         self.context_token_id = context_token_id
         self.stop_token_ids = stop_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        token_bytes = self.config.llm.kv_bytes_per_token * self.dtype.itemsize // 2
-        self.max_cached_tokens = _memory_for_cache(self.device, gpu_memory_utilization) // token_bytes
-        self.cache: KVCache | None = None
+        self.runner = Runner(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len, enforce_eager=enforce_eager)
+        self.device = self.runner.device
+        self.runner.warm_up_vision()
+        block_bytes = BLOCK_SIZE * self.config.llm.kv_bytes_per_token * self.runner.dtype.itemsize // 2
+        self.max_blocks = _memory_for_cache(self.device, gpu_memory_utilization) // block_bytes
+        self.blocks = BlockManager(0, BLOCK_SIZE)
+        if self.device.type == "cuda":  # elsewhere memory is taken as requests need it
+            self._grow_cache(self.max_blocks)
         self.waiting: deque[Request] = deque()
         self.running: list[tuple[Request, Sequence]] = []
         self.closed = False
@@ -154,8 +156,7 @@ class Engine:
             for request_id in list(self._requests):
                 self.abort(request_id)
             self.closed = True
-            self.cache = None
-            del self.model
+            del self.runner
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -175,18 +176,16 @@ class Engine:
     # --- admission and prefill ---
 
     def _admit(self) -> list[Request]:
-        """Waiting requests, in order, whose sequences find free rows and memory; one always does if nothing runs."""
+        """Waiting requests, in order, whose sequences find room and blocks; one always does if nothing runs."""
         admitted: list[Request] = []
-        rows = len(self.running)
-        length = max((request.planned_length for request, _ in self.running), default=0)
+        rows, blocks = len(self.running), self.blocks.num_used
         while self.waiting:
             request = self.waiting[0]
             needed_rows = rows + len(request.sequences)
-            needed_length = max(length, request.planned_length)
-            full = needed_rows > self.max_num_seqs or needed_rows * needed_length > self.max_cached_tokens
-            if full and rows:
+            needed_blocks = blocks + len(request.sequences) * self.blocks.blocks_for(request.planned_length)
+            if rows and (needed_rows > self.max_num_seqs or needed_blocks > self.max_blocks):
                 break
-            rows, length = needed_rows, needed_length
+            rows, blocks = needed_rows, needed_blocks
             request.admitted = perf_counter()
             admitted.append(self.waiting.popleft())
         return admitted
@@ -205,22 +204,18 @@ class Engine:
                 raise
 
     def _reserve(self, requests: list[Request]) -> None:
-        """Make the cache hold what runs, which is kept, and the sequences of `requests`."""
-        cache, running = self.cache, len(self.running)
-        rows = running + sum(len(request.sequences) for request in requests)
-        length = max(request.planned_length for request in [*requests, *(request for request, _ in self.running)])
-        if cache is not None:
-            if cache.rows >= rows and cache.length >= length:
-                return
-            # What was needed once is needed again, as long as both fit together.
-            if max(rows, cache.rows) * max(length, cache.length) <= self.max_cached_tokens:
-                rows, length = max(rows, cache.rows), max(length, cache.length)
-        if not running:
-            cache = self.cache = None  # its memory goes back before the new one is taken
-        grown = KVCache(self.config.llm, rows, length, dtype=self.dtype, device=self.device)
-        if cache is not None:
-            grown.copy_from(cache, running)
-        self.cache = grown
+        """Lend blocks to the sequences of `requests` for all the tokens they may come to."""
+        needed = sum(len(request.sequences) * self.blocks.blocks_for(request.planned_length) for request in requests)
+        if needed > self.blocks.num_free:
+            # Twice as many as far as memory allows, so that what is copied along stays in proportion.
+            self._grow_cache(max(self.blocks.num_used + needed, min(2 * self.blocks.num_blocks, self.max_blocks)))
+        for request in requests:
+            for sequence in request.sequences:
+                self.blocks.allocate(sequence, request.planned_length)
+
+    def _grow_cache(self, num_blocks: int) -> None:
+        self.runner.allocate(num_blocks, keep=self.blocks.num_used > 0)
+        self.blocks.grow(num_blocks)
 
     def _prefill(self, requests: list[Request]) -> None:
         """Encode the tiles of all requests together, then run each prompt and sample its first tokens."""
@@ -252,10 +247,10 @@ class Engine:
             return {}
         start = perf_counter()
         tiles = torch.cat([torch.from_numpy(tiles) for request in requests for tiles in request.prepared.tiles])
-        encoded = [self.model.encode_tiles(part.to(self.device)) for part in tiles.split(TILES_PER_BATCH)]
+        encoded = self.runner.encode(tiles)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that the time below is the vision half's, not its launch
-        per_request = torch.cat(encoded).split([sum(request.prepared.num_tiles) for request in requests])
+        per_request = encoded.split([sum(request.prepared.num_tiles) for request in requests])
         elapsed_ms = (perf_counter() - start) * 1e3
         for request in requests:
             request.vision_ms = elapsed_ms
@@ -263,22 +258,16 @@ class Engine:
         return {request.request_id: tokens.flatten(0, 1) for request, tokens in zip(requests, per_request, strict=True)}
 
     def _prefill_one(self, request: Request, visual_tokens: Tensor | None) -> None:
-        assert self.cache is not None
-        row = len(self.running)
-        token_ids = torch.tensor(request.prepared.token_ids, device=self.device)
-        decoder = self.model.language_model
-        if visual_tokens is None:
-            x = decoder.embed(token_ids)
-        else:
-            x = self.model.splice(token_ids, visual_tokens, self.context_token_id)
-        length = len(token_ids)
-        positions = torch.arange(length, device=self.device)[None]
-        hidden = decoder(x[None], positions, request.inv_freq, KVSlice(self.cache, row, positions, length))
-        logits = decoder.logits(hidden[:, -1])
-        for copy in range(1, len(request.sequences)):
-            self.cache.copy_row(row, row + copy, length)
-        self.running.extend((request, sequence) for sequence in request.sequences)
-        self._accept(logits.expand(len(request.sequences), -1), self.running[row:])
+        first, *others = request.sequences
+        token_ids = request.prepared.token_ids
+        table = self.blocks.table(first)
+        logits = self.runner.prefill(token_ids, visual_tokens, self.context_token_id, request.inv_freq, table)
+        filled = self.blocks.blocks_for(len(token_ids))
+        for other in others:
+            self.runner.copy_blocks(table[:filled], self.blocks.table(other)[:filled])
+        rows = [(request, sequence) for sequence in request.sequences]
+        self.running.extend(rows)
+        self._accept(logits.expand(len(rows), -1), rows)
 
     # --- decode ---
 
@@ -294,17 +283,14 @@ class Engine:
             self._fail(self.running[-1][0], error)
 
     def _decode(self) -> None:
-        assert self.cache is not None
-        lens = [len(request.prepared.token_ids) + len(sequence.token_ids) for request, sequence in self.running]
-        tokens = torch.tensor([sequence.token_ids[-1] for _, sequence in self.running], device=self.device)
-        context_lens = torch.tensor(lens, device=self.device)
-        positions = context_lens[:, None] - 1
-        ragged = min(lens) != max(lens)
-        kv = KVSlice(self.cache, 0, positions, max(lens), context_lens if ragged else None)
-        inv_freq = torch.stack([request.inv_freq for request, _ in self.running])
-        decoder = self.model.language_model
-        hidden = decoder(decoder.embed(tokens)[:, None], positions, inv_freq, kv)
-        self._accept(decoder.logits(hidden[:, 0]), list(self.running))
+        rows = list(self.running)
+        logits = self.runner.decode(
+            [sequence.token_ids[-1] for _, sequence in rows],
+            [len(request.prepared.token_ids) + len(sequence.token_ids) for request, sequence in rows],
+            torch.stack([request.inv_freq for request, _ in rows]),
+            [self.blocks.table(sequence) for _, sequence in rows],
+        )
+        self._accept(logits, rows)
 
     def _accept(self, logits: Tensor, rows: list[tuple[Request, Sequence]]) -> None:
         """Sample the next token of each row, publish what became certain, and retire what is done."""
@@ -328,6 +314,8 @@ class Engine:
         if sampled.logprobs is not None:
             sequence.logprobs.append(sampled.logprobs)
         text, sequence.finish_reason = sequence.stop.push(sampled.token_id)
+        if sequence.finish_reason is not None:
+            self.blocks.free(sequence)
         sequence.text.append(text)
         request.deltas.append(StreamDelta(text, [sampled.token_id], sequence.finish_reason, sequence.index))
 
@@ -341,11 +329,6 @@ class Engine:
             error = VitrailError(f"the request failed inside vitrail: {type(inside).__name__}: {reason}")
             error.__cause__ = inside
         request.error = error
-        if self.cache is not None:
-            for row, (owner, _) in enumerate(self.running):
-                if owner is request:
-                    # NaN in masked places still reaches a sum: the row's next sequence must not find any.
-                    self.cache.clear_row(row)
         self._finish(request, "error")
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
@@ -356,26 +339,15 @@ class Engine:
                 sequence.finish_reason = reason
                 sequence.text.append(sequence.stop.flush())
                 request.deltas.append(StreamDelta(sequence.text[-1], [], reason, sequence.index))
+            self.blocks.free(sequence)
         self._requests.pop(request.request_id, None)
         if request.admitted is None:
             self.waiting.remove(request)
         self._retire()
 
     def _retire(self) -> None:
-        """Give back the rows of finished sequences; the last row moves into each gap, so that rows stay dense."""
-        row = 0
-        while row < len(self.running):
-            sequence = self.running[row][1]
-            if sequence.finish_reason is None:
-                row += 1
-                continue
-            moved_request, moved = self.running.pop()
-            if moved is sequence:
-                continue
-            self.running[row] = (moved_request, moved)
-            if self.cache is not None and moved.finish_reason is None:
-                length = len(moved_request.prepared.token_ids) + len(moved.token_ids)
-                self.cache.copy_row(len(self.running), row, length)
+        """Let finished sequences go."""
+        self.running = [(request, sequence) for request, sequence in self.running if sequence.finish_reason is None]
 
 
 def _memory_for_cache(device: torch.device, gpu_memory_utilization: float) -> int:

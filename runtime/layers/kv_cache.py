@@ -1,77 +1,96 @@
-"""Preallocated keys and values, one row per running sequence."""
+"""Paged keys and values: fixed-size blocks of tokens, which a sequence holds in any order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..config import DecoderConfig
 
+# Tokens of a block: one key block of the prefill kernel, and at most 63 tokens of waste in a sequence.
+BLOCK_SIZE = 64
+
 
 class KVCache:
-    """Keys and values of up to `rows` sequences of up to `length` tokens, all allocated at once.
+    """Keys and values of `num_blocks` blocks, all allocated at once; which sequence holds which is the caller's.
 
-    keys, values: (layers, rows, kv_heads, length, head_dim). Rows 0..n-1 are in use; who uses which is the caller's.
+    keys, values: (layers, num_blocks, block_size, kv_heads, head_dim). A token's slot is block * block_size + offset.
     """
 
     def __init__(
-        self, config: DecoderConfig, rows: int, length: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
-    def rows(self) -> int:
+    def num_blocks(self) -> int:
         return self.keys.shape[1]
 
     @property
-    def length(self) -> int:
-        return self.keys.shape[3]
+    def block_size(self) -> int:
+        return self.keys.shape[2]
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of row `source` over row `target`."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks over others."""
+        for cache in (self.keys, self.values):
+            cache[:, list(targets)] = cache[:, list(sources)]
 
-    def clear_row(self, row: int) -> None:
-        """Forget all that row `row` holds, NaN included."""
-        self.keys[:, row].zero_()
-        self.values[:, row].zero_()
-
-    def copy_from(self, other: "KVCache", rows: int) -> None:
-        """Take over the first `rows` rows of a smaller cache."""
-        length = min(self.length, other.length)
-        self.keys[:, :rows, :, :length] = other.keys[:, :rows, :, :length]
-        self.values[:, :rows, :, :length] = other.values[:, :rows, :, :length]
+    def copy_from(self, other: "KVCache") -> None:
+        """Take over all blocks of a smaller cache."""
+        self.keys[:, : other.num_blocks] = other.keys
+        self.values[:, : other.num_blocks] = other.values
 
 
-class KVSlice:
-    """The part of a `KVCache` that one forward pass writes and reads: rows, new positions and context lengths.
+@dataclass(frozen=True)
+class KVBatch:
+    """Where the packed tokens of one pass go in a cache, and what each of its sequences attends to.
 
-    positions: (rows, tokens) int64 where the new tokens of rows `first_row..` go.
-    context: longest context after this pass; context_lens: (rows,) int64, or None if all rows have `context` tokens.
+    slot_mapping: (num_tokens,) int64, -1 where a token is padding. block_tables: (num_seqs, max_blocks) int32.
+    cu_seqlens_q: (num_seqs + 1,) int32, where each sequence's new tokens begin. context_lens: (num_seqs,) int32, tokens
+    of each sequence in the cache after this pass. max_seqlen_q: the most new tokens of one sequence.
     """
 
-    def __init__(
-        self, cache: KVCache, first_row: int, positions: Tensor, context: int, context_lens: Tensor | None = None
-    ) -> None:
-        if context > cache.length:
-            raise ValueError(f"kv cache: context {context} exceeds the {cache.length} tokens allocated")
-        rows = slice(first_row, first_row + positions.shape[0])
-        self.keys = cache.keys[:, rows]
-        self.values = cache.values[:, rows]
-        self.positions = positions
-        self.context = context
-        self.context_lens = context_lens
+    cache: KVCache
+    slot_mapping: Tensor
+    block_tables: Tensor
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    max_seqlen_q: int
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (rows, tokens, kv_heads, d) of one layer; return all keys and values up to `context`."""
-        keys, values = self.keys[layer], self.values[layer]
-        if self.context_lens is None:
-            start = self.context - k.shape[1]
-            keys[:, :, start : self.context] = k.transpose(1, 2)
-            values[:, :, start : self.context] = v.transpose(1, 2)
-        else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            keys[rows, :, self.positions] = k
-            values[rows, :, self.positions] = v
-        return keys[:, :, : self.context], values[:, :, : self.context]
+    @classmethod
+    def of(
+        cls,
+        cache: KVCache,
+        block_tables: Sequence[Sequence[int]],
+        context_lens: Sequence[int],
+        num_new_tokens: Sequence[int],
+    ) -> "KVBatch":
+        """The batch of sequences whose last `num_new_tokens` tokens are new. Raises `ValueError` for a short table."""
+        size, device = cache.block_size, cache.keys.device
+        slots: list[int] = []
+        for table, context, new in zip(block_tables, context_lens, num_new_tokens, strict=True):
+            if context > len(table) * size or new > context:
+                raise ValueError(
+                    f"kv cache: {new} new tokens of {context} do not fit a table of {len(table)} blocks of {size}"
+                )
+            slots.extend(table[position // size] * size + position % size for position in range(context - new, context))
+        widest = max(len(table) for table in block_tables)
+        tables = [[*table, *[0] * (widest - len(table))] for table in block_tables]
+        return cls(
+            cache,
+            torch.tensor(slots, device=device),
+            torch.tensor(tables, dtype=torch.int32, device=device),
+            torch.tensor([0, *accumulate(num_new_tokens)], dtype=torch.int32, device=device),
+            torch.tensor(context_lens, dtype=torch.int32, device=device),
+            max(num_new_tokens),
+        )

@@ -1,9 +1,10 @@
-"""A linear layer that calls the kernels."""
+"""Linear layers that call the kernels."""
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.linear import linear, linear_gelu
+from ...kernels.swiglu import linear_swiglu
 
 
 class Linear(nn.Module):
@@ -28,3 +29,14 @@ class LinearGelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_gelu(x, self.weight, self.bias)
+
+
+class LinearSwiglu(nn.Module):
+    """SiLU(x Wg^T) * (x Wu^T). weight: (2 * out, in), the rows of the gate first."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_swiglu(x, self.weight)

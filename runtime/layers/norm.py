@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...kernels.norm import layer_norm, rms_norm
+from ...kernels.norm import layer_norm, residual_norm, rms_norm
 from ..config import NormType
 
 
@@ -18,6 +18,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def after_residual(self, x: Tensor, branch: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x', norm(x')) for x' = x + scale * branch. x, branch: (..., size); scale: (size,) or None for 1."""
+        return residual_norm(x, branch, scale, self.weight, None, self.eps)
+
 
 class LayerNorm(nn.Module):
     """LayerNorm over the last dim; fp32 statistics."""
@@ -30,6 +34,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after_residual(self, x: Tensor, branch: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x', norm(x')) for x' = x + scale * branch. x, branch: (..., size); scale: (size,) or None for 1."""
+        return residual_norm(x, branch, scale, self.weight, self.bias, self.eps)
 
 
 def make_norm(kind: NormType, size: int, eps: float) -> RMSNorm | LayerNorm:

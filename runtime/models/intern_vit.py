@@ -4,6 +4,7 @@ There is no norm after the last block. Parameter names are the checkpoint's.
 """
 
 from collections.abc import Collection
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention import tile_attention
 from ...kernels.patch_embedding import patch_embedding
+from ...kernels.qk_norm import qk_norm
 from ...kernels.residual import scaled_residual
 from ..config import VisionConfig
 from ..layers.linear import Linear, LinearGelu
@@ -67,9 +69,11 @@ class Attention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [tiles, tokens, hidden]
+        qkv = self.qkv(x)  # [tiles, tokens, 3 * hidden]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # over all heads of a token at once
+            q, k, v = qk_norm(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        else:
+            q, k, v = qkv.chunk(3, dim=-1)
         heads = (*x.shape[:2], self.num_heads, -1)
         out = tile_attention(q.view(heads), k.view(heads), v.view(heads))
         return self.proj(out.reshape(x.shape))
@@ -88,7 +92,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x))."""
+    """x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)).
+
+    An addition and the norm after it are one kernel, and the last addition's norm is the next block's: `forward` takes
+    x with its norm1, and returns x before the last addition with what is to be added.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -99,9 +107,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.ls2 = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = scaled_residual(x, self.attn(self.norm1(x)), self.ls1)
-        return scaled_residual(x, self.mlp(self.norm2(x)), self.ls2)
+    def forward(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """x, norm1(x): (tiles, tokens, hidden). Returns x after the attention, and the MLP's branch, not yet added."""
+        x, normed = self.norm2.after_residual(x, self.attn(normed), self.ls1)
+        return x, self.mlp(normed)
 
 
 class Encoder(nn.Module):
@@ -124,16 +133,21 @@ class InternViT(nn.Module):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Output of the last block. tiles: (n, height, width, 3) uint8. Returns (n, 1 + patches, hidden)."""
-        x = self.embeddings(tiles)
-        for block in self.encoder.layers:
-            x = block(x)
-        return x
+        depth = len(self.encoder.layers)
+        return self.hidden_states(tiles, (depth,))[depth]
 
     def hidden_states(self, tiles: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
         """Outputs of the blocks asked for, 1-based; 0 is the embeddings. Stops after the deepest one."""
         x = self.embeddings(tiles)
-        states = {0: x}
-        for index, block in enumerate(self.encoder.layers[: max(layers)], start=1):
-            x = block(x)
-            states[index] = x
+        states = {0: x} if 0 in layers else {}
+        blocks = self.encoder.layers[: max(layers)]
+        normed = blocks[0].norm1(x) if len(blocks) else x
+        for index, (block, following) in enumerate(zip_longest(blocks, blocks[1:]), start=1):
+            x, branch = block(x, normed)
+            if following is not None:
+                x, normed = following.norm1.after_residual(x, branch, block.ls2)
+            else:
+                x = scaled_residual(x, branch, block.ls2)
+            if index in layers:
+                states[index] = x
         return {layer: states[layer] for layer in layers}

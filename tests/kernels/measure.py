@@ -1,6 +1,7 @@
 """How far a result is from the exact one, and gradients of an operation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     assert actual.shape == exact.shape
     assert actual.isfinite().all()
     return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def assert_errs_like(result: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """A kernel may err at most twice as much as plain torch in the same dtype, both against fp64.
+
+    Both errors are root mean squares. One rounding is allowed besides, where plain torch happens to be exact.
+    """
+    assert result.dtype == plain.dtype
+    assert result.shape == plain.shape == exact.shape
+    assert result.isfinite().all()
+    scale = exact.double().square().mean().sqrt().item()
+    error, allowed = ((t.double() - exact).square().mean().sqrt().item() for t in (result, plain))
+    assert error <= 2 * allowed + torch.finfo(result.dtype).eps / 4 * scale, f"{error} against {allowed} of {scale}"
+
+
+def on(device: torch.device, *tensors: Tensor, dtype: torch.dtype) -> Any:
+    """The tensors on `device` in `dtype`; one alone comes back alone."""
+    moved = [tensor.to(device, dtype) for tensor in tensors]
+    return moved[0] if len(moved) == 1 else moved
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

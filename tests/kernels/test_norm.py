@@ -1,10 +1,19 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrail.kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
+from vitrail.kernels.norm import (
+    layer_norm,
+    layer_norm_reference,
+    residual_norm,
+    residual_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
 
-from .measure import BF16_ROUNDING, FP32_BOUND, check_gradients, random, relative_error
+from .measure import BF16_ROUNDING, FP32_BOUND, assert_errs_like, check_gradients, on, random, relative_error
 
 # Tiny, odd, and a tile of InternViT-6B.
 SHAPES = [(1, 2), (5, 123), (2, 3, 8), (1025, 3200)]
@@ -103,3 +112,59 @@ def test_a_weight_of_another_width_is_refused_with_both_widths() -> None:
         rms_norm(torch.zeros(2, 8), torch.ones(7), 1e-6)
     with pytest.raises(ValueError, match="layer_norm: x has 8 channels, weight 1"):
         layer_norm(torch.zeros(2, 8), torch.ones(1), torch.ones(1), 1e-6)
+
+
+# --- the kernel ---
+
+KERNEL_SHAPES = [(1, 2), (5, 123), (2, 3, 8), pytest.param((64, 3200), id="64 tokens of InternViT-6B")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True], ids=["rms_norm", "layer_norm"])
+def test_the_norm_kernel_errs_no_more_than_the_reference(any_device, shape, dtype, biased) -> None:
+    x, weight = on(any_device, random(*shape, scale=3) + 1, random(shape[-1], seed=1), dtype=dtype)
+    bias = on(any_device, random(shape[-1], seed=2), dtype=dtype) if biased else None
+    if bias is None:
+        result = rms_norm(x, weight, 1e-6)
+        exact = exact_rms_norm(x.double(), weight.double(), 1e-6)
+        plain = rms_norm_reference(x, weight, 1e-6)
+    else:
+        result = layer_norm(x, weight, bias, 1e-6)
+        exact = exact_layer_norm(x.double(), weight.double(), bias.double(), 1e-6)
+        plain = layer_norm_reference(x, weight, bias, 1e-6)
+    assert_errs_like(result, plain, exact)
+
+
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_fused_kernel_adds_and_norms_like_the_reference(any_device, shape, dtype, scaled, biased) -> None:
+    hidden = shape[-1]
+    x, branch, weight = on(any_device, random(*shape), random(*shape, seed=1), random(hidden, seed=2), dtype=dtype)
+    scale = on(any_device, random(hidden, seed=3), dtype=dtype) if scaled else None
+    bias = on(any_device, random(hidden, seed=4), dtype=dtype) if biased else None
+    total, normed = residual_norm(x, branch, scale, weight, bias, 1e-6)
+    exact_total = x.double() + branch.double() * (1 if scale is None else scale.double())
+    expected_total, expected = residual_norm_reference(x, branch, scale, weight, bias, 1e-6)
+    assert_errs_like(total, expected_total, exact_total)
+    if bias is None:
+        exact = exact_rms_norm(exact_total, weight.double(), 1e-6)
+    else:
+        exact = exact_layer_norm(exact_total, weight.double(), bias.double(), 1e-6)
+    assert_errs_like(normed, expected, exact)
+
+
+@given(rows=st.integers(1, 4), hidden=st.integers(1, 300), offset=st.integers(0, 3), biased=st.booleans())
+def test_the_kernel_norms_rows_of_any_length_inside_a_wider_buffer(interpreted, rows, hidden, offset, biased) -> None:
+    buffer = random(rows, hidden + 5, scale=2)
+    x, weight, bias = buffer[:, offset : offset + hidden], random(hidden, seed=1), random(hidden, seed=2)
+    with interpreted():
+        result = layer_norm(x, weight, bias, 1e-5) if biased else rms_norm(x, weight, 1e-5)
+    if biased:
+        exact = exact_layer_norm(x.double(), weight.double(), bias.double(), 1e-5)
+    else:
+        exact = exact_rms_norm(x.double(), weight.double(), 1e-5)
+    assert relative_error(result, exact) < 2 * FP32_BOUND

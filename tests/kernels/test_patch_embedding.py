@@ -7,7 +7,7 @@ from torch import Tensor
 from vitrail.kernels.patch_embedding import patch_embedding, patch_embedding_reference
 
 from ..random_checkpoints import random_tiles
-from .measure import BF16_ROUNDING, FP32_BOUND, check_gradients, random, relative_error
+from .measure import BF16_ROUNDING, FP32_BOUND, assert_errs_like, check_gradients, on, random, relative_error
 
 MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)
 STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)
@@ -104,3 +104,78 @@ def test_positions_must_match_the_patches() -> None:
     tiles, weight, bias, class_token, positions, patch = arguments(1, 2, 2, 8, 14)
     with pytest.raises(ValueError, match="4 patches need 5 positions, not 4"):
         patch_embedding(tiles, weight, bias, class_token, positions[1:], patch)
+
+
+# --- the kernel ---
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(1, 3),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    hidden=st.integers(1, 9),
+    patch=st.integers(1, 5),
+)
+def test_the_kernel_embeds_images_of_any_shape(interpreted, n, rows, columns, hidden, patch) -> None:
+    inputs = arguments(n, rows, columns, hidden, patch)
+    with interpreted():
+        result = patch_embedding(*inputs)
+    assert relative_error(result, by_loops(*inputs)) < 2 * FP32_BOUND
+
+
+# Patches of the released models, a strip of a tile; more patches and channels than a block has, undivided by any block.
+@pytest.mark.parametrize(("rows", "columns", "hidden", "patch"), [(1, 32, 40, 14), (5, 27, 264, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_errs_no_more_than_the_reference(device, dtype, rows, columns, hidden, patch) -> None:
+    tiles, *parameters, patch = arguments(1, rows, columns, hidden, patch)
+    parameters = on(device, *parameters, dtype=dtype)
+    exact = by_loops(tiles, *(parameter.cpu() for parameter in parameters), patch).to(device)
+    tiles = tiles.to(device)
+    result = patch_embedding(tiles, *parameters, patch)
+    assert_errs_like(result, patch_embedding_reference(tiles, *parameters, patch), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_normalises_every_value_of_every_channel_as_the_reference_does(any_device, dtype) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3).contiguous()
+    # Patches of one pixel, and a projection that passes the three channels on.
+    nothing = torch.zeros(3)
+    parameters = on(any_device, torch.eye(3), nothing, nothing, torch.zeros(257, 3), dtype=dtype)
+    result = patch_embedding(values.to(any_device), *parameters, 1)
+    expected = patch_embedding_reference(values.to(any_device), *parameters, 1)
+    if dtype == torch.float32:
+        assert relative_error(result, expected.double()) < FP32_BOUND
+    else:
+        assert torch.equal(result, expected)
+
+
+def test_the_kernel_rounds_where_separate_operations_do(any_device) -> None:
+    tiles, *parameters, patch = arguments(1, 4, 4, 40, 4)
+    tiles, parameters = tiles.to(any_device), on(any_device, *parameters, dtype=torch.bfloat16)
+    # Sums in another order may land on the other side of a rounding boundary in one element of some hundred.
+    same = patch_embedding(tiles, *parameters, patch) == patch_embedding_reference(tiles, *parameters, patch)
+    assert same.float().mean() > 0.98
+
+
+def test_the_kernel_takes_views_of_tiles_and_parameters(any_device) -> None:
+    tiles, weight, bias, class_token, positions, patch = arguments(1, 2, 3, 8, 4)
+    wide, tall = torch.cat((tiles, tiles), dim=2)[:, :, : tiles.shape[2]], weight.t().contiguous().t()
+    inputs = on(any_device, tall, bias, class_token, positions.t().contiguous().t(), dtype=torch.float32)
+    result = patch_embedding(wide.to(any_device), *inputs, patch)
+    exact = by_loops(tiles, weight, bias, class_token, positions, patch)
+    assert relative_error(result.cpu(), exact) < 2 * FP32_BOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1024, 3200])
+def test_the_kernel_errs_no_more_than_the_reference_on_real_tiles(dtype: torch.dtype, hidden: int) -> None:
+    tiles, *parameters, patch = arguments(2, 32, 32, hidden, 14)
+    tiles, parameters = tiles.cuda(), on(torch.device("cuda"), *parameters, dtype=dtype)
+    exact = patch_embedding_reference(tiles, *(parameter.double() for parameter in parameters), patch)
+    assert_errs_like(
+        patch_embedding(tiles, *parameters, patch), patch_embedding_reference(tiles, *parameters, patch), exact
+    )

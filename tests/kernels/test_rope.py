@@ -1,12 +1,21 @@
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrail.kernels.rope import apply_rope, apply_rope_reference, rotary_table
+from vitrail.kernels.norm import rms_norm_reference
+from vitrail.kernels.rope import (
+    apply_rope,
+    apply_rope_reference,
+    rope_and_cache,
+    rope_and_cache_reference,
+    rotary_table,
+)
 
-from .measure import FP32_BOUND, check_gradients, random, relative_error
+from .measure import FP32_BOUND, assert_errs_like, check_gradients, random, relative_error
 
 # (batch, tokens, heads, head_dim): tiny, odd, and InternLM2-20B's queries.
 SHAPES = [(1, 1, 1, 2), (3, 5, 7, 6), (1, 256, 48, 128)]
@@ -96,3 +105,171 @@ def test_a_table_of_another_head_size_is_refused() -> None:
     cos, sin = rotary_table(torch.zeros(1, 1, dtype=torch.int64), frequencies(8), 1.0, torch.float32)
     with pytest.raises(ValueError, match="apply_rope: x has head_dim 6, the table 8"):
         apply_rope(torch.zeros(1, 1, 1, 6), cos, sin)
+
+
+# --- with the write to the paged cache ---
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Projections of some tokens with their slots. The cache is NaN, so that a stray write shows."""
+
+    qkv: Tensor
+    cos: Tensor
+    sin: Tensor
+    caches: tuple[Tensor, Tensor]
+    slots: Tensor
+    num_heads: int
+    norms: tuple[Tensor, Tensor] | None
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        slots: list[int],
+        *,
+        heads: int,
+        kv_heads: int,
+        d: int,
+        page: int = 4,
+        normed: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Step":
+        tokens = len(slots)
+        positions = torch.arange(tokens)[:, None] * 7
+        cos, sin = rotary_table(positions, frequencies(d), 1.0, dtype)
+        caches = torch.full((2, -(-(max(slots) + 2) // page), page, kv_heads, d), torch.nan, dtype=dtype)
+        norms = (random(d, seed=8).to(dtype).to(device), random(d, seed=9).to(dtype).to(device)) if normed else None
+        qkv = random(tokens, (heads + 2 * kv_heads) * d, scale=2).to(dtype)
+        on = [x.to(device) for x in (qkv, cos.flatten(1), sin.flatten(1), *caches, torch.tensor(slots))]
+        return cls(*on[:3], (on[3], on[4]), on[5], heads, norms, positions)
+
+    def run(self, operation=rope_and_cache) -> tuple[Tensor, Tensor, Tensor]:
+        """q and the slots of both caches, (slots, kv_heads, d)."""
+        caches = [cache.clone() for cache in self.caches]
+        q_norm, k_norm = self.norms or (None, None)
+        arguments = (self.qkv, self.cos, self.sin, *caches, self.slots, self.num_heads)
+        q = operation(*arguments, q_norm=q_norm, k_norm=k_norm, eps=1e-5)
+        return q, caches[0].flatten(0, 1), caches[1].flatten(0, 1)
+
+    def separate(self, double: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of every token, by one operation after the other or by the formula in fp64."""
+        kv_heads, d = self.caches[0].shape[2:]
+        qkv = self.qkv.double() if double else self.qkv
+        q, k, v = qkv.unflatten(1, (-1, d)).split((self.num_heads, kv_heads, kv_heads), dim=1)
+        if self.norms is not None:
+            q, k = (rms_norm_reference(x, w, 1e-5) for x, w in zip((q, k), self.norms, strict=True))
+        if double:
+            q, k = (exact_rope(x[:, None].cpu(), self.positions, frequencies(d))[:, 0].to(x.device) for x in (q, k))
+        else:
+            q, k = (apply_rope_reference(x, self.cos[:, None], self.sin[:, None]) for x in (q, k))
+        return q, k, v
+
+    def check_slots(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
+        """The caches hold these in the tokens' slots and nothing anywhere else."""
+        for slots, expected in ((keys, k), (values, v)):
+            cached = self.slots >= 0
+            assert torch.equal(slots[self.slots[cached]], expected[cached])
+            untouched = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
+            untouched[self.slots[cached]] = False
+            assert slots[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("slots", [[0], [9, 3, -1, 4], [-1, -1], [5, 6, 7, 8, 2]])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_reference_is_norm_rotation_and_copy_one_after_the_other(slots, normed, dtype) -> None:
+    step = Step.of(slots, heads=6, kv_heads=2, d=8, normed=normed, dtype=dtype)
+    q, keys, values = step.run(rope_and_cache_reference)
+    expected, k, v = step.separate()
+    assert torch.equal(q, expected)
+    step.check_slots(keys, values, k, v)
+
+
+def test_reference_writes_to_caches_that_keep_the_tokens_of_a_head_together() -> None:
+    step = Step.of([9, 3, -1, 4], heads=6, kv_heads=2, d=8)
+    caches = [cache.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for cache in step.caches]
+    rope_and_cache(step.qkv, step.cos, step.sin, *caches, step.slots, step.num_heads)
+    _, k, v = step.separate()
+    step.check_slots(*(cache.flatten(0, 1) for cache in caches), k, v)
+
+
+def test_the_projection_is_left_as_it_is(any_device) -> None:
+    step = Step.of([3, 1], heads=4, kv_heads=2, d=8, normed=True, device=any_device)
+    before = step.qkv.clone()
+    for operation in (rope_and_cache, rope_and_cache_reference):
+        step.run(operation)
+        assert torch.equal(step.qkv, before)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_fused_kernel_rounds_where_the_reference_does(any_device, dtype) -> None:
+    step = Step.of([9, 3, -1, 4], heads=6, kv_heads=2, d=32, dtype=dtype, device=any_device)
+    q, keys, values = step.run()
+    expected, k, v = step.separate()
+    assert torch.equal(q, expected)
+    step.check_slots(keys, values, k, v)
+
+
+def check_kernel(step: Step) -> None:
+    """The kernel errs at most twice as much as plain torch, copies values as they are, and writes nothing else."""
+    q, keys, values = step.run()
+    for result, plain, exact in zip((q, keys[step.slots]), step.separate(), step.separate(double=True), strict=False):
+        cached = step.slots >= (0 if result is not q else -1)
+        if cached.any():
+            assert_errs_like(result[cached], plain[cached], exact[cached])
+    step.check_slots(keys, values, keys[step.slots], step.separate()[2])
+
+
+# Tiny; InternLM2-20B and Qwen2-0.5B; two programs for the heads of a token, the last not full; a head_dim of no power.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d"), [(1, 1, 2), (48, 8, 128), (14, 2, 64), (20, 3, 128), (5, 5, 96), (3, 1, 80)]
+)
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_fused_kernel_errs_no_more_than_the_reference(any_device, heads, kv_heads, d, normed) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check_kernel(
+            Step.of([70, 3, -1], heads=heads, kv_heads=kv_heads, d=d, normed=normed, dtype=dtype, device=any_device)
+        )
+
+
+@settings(max_examples=15)
+@given(
+    tokens=st.integers(1, 6),
+    padding=st.integers(0, 3),
+    heads=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    half=st.integers(1, 20),
+    page=st.sampled_from([1, 2, 16]),
+    normed=st.booleans(),
+    data=st.data(),
+)
+def test_the_fused_kernel_takes_any_heads_slots_and_pages(
+    interpreted, tokens, padding, heads, kv_heads, half, page, normed, data
+) -> None:
+    slots = data.draw(st.permutations(range(40)))[:tokens] + [-1] * padding
+    step = Step.of(slots, heads=heads, kv_heads=kv_heads, d=2 * half, page=page, normed=normed)
+    with interpreted():
+        check_kernel(step)
+
+
+def test_what_does_not_fit_a_cache_is_refused(any_device) -> None:
+    step = Step.of([3, 1], heads=4, kv_heads=2, d=8, device=any_device)
+    with pytest.raises(ValueError, match="64 channels are not 5 query heads"):
+        replace(step, num_heads=5).run()
+    with pytest.raises(ValueError, match=r"slots \(1,\) for 2 tokens"):
+        replace(step, slots=step.slots[:1]).run()
+    with pytest.raises(ValueError, match=r"tables \(1, 8\) and \(2, 8\)"):
+        replace(step, cos=step.cos[:1]).run()
+    with pytest.raises(ValueError, match="come together"):
+        rope_and_cache(step.qkv, step.cos, step.sin, *step.caches, step.slots, 4, q_norm=torch.ones(8))
+
+
+def test_the_kernel_wants_whole_caches(any_device) -> None:
+    step = Step.of([3, 1], heads=4, kv_heads=2, d=8, device=any_device)
+    spread = tuple(cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in step.caches)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        rope_and_cache(step.qkv, step.cos, step.sin, *spread, step.slots, 4)

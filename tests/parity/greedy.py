@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitrail.runtime.layers.kv_cache import KVCache, KVSlice
+from vitrail.runtime.layers.kv_cache import KVBatch, KVCache
 from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.models.decoder import Decoder
 
@@ -31,19 +31,25 @@ def all_logits(decoder: Decoder, embeddings: Tensor, planned_length: int = 0) ->
     return decoder.logits(decoder(embeddings[None], torch.arange(tokens)[None], inv_freq))[0]
 
 
+def one_block(decoder: Decoder, tokens: int) -> KVCache:
+    """A cache whose only block holds a whole sequence."""
+    weight = decoder.embedding
+    return KVCache(decoder.config, 1, tokens, dtype=weight.dtype, device=weight.device)
+
+
 def cached(decoder: Decoder, embeddings: Tensor, new_tokens: int) -> Greedy:
     """Prefill once, then one token a step, reading keys and values from the cache."""
     prompt = embeddings.shape[0]
     inv_freq = inverse_frequencies(decoder.config, prompt + new_tokens)
-    cache = KVCache(decoder.config, 1, prompt + new_tokens, dtype=embeddings.dtype, device=embeddings.device)
-    step, positions = embeddings[None], torch.arange(prompt)[None]
+    cache = one_block(decoder, prompt + new_tokens)
+    step, positions = embeddings, torch.arange(prompt)
     ids: list[int] = []
     seen: list[Tensor] = []
     for context in range(prompt, prompt + new_tokens):
-        kv = KVSlice(cache, 0, positions, context, None)
-        seen.append(decoder.logits(decoder(step, positions, inv_freq, kv)[0, -1]))
+        kv = KVBatch.of(cache, [[0]], [context], [len(positions)])
+        seen.append(decoder.logits(decoder(step, positions, inv_freq, kv)[-1]))
         ids.append(int(seen[-1].argmax()))
-        step, positions = decoder.embed(torch.tensor([[ids[-1]]])), torch.tensor([[context]])
+        step, positions = decoder.embed(torch.tensor([ids[-1]])), torch.tensor([context])
     return Greedy(ids, torch.stack(seen))
 
 
@@ -51,13 +57,13 @@ def teacher_forced(decoder: Decoder, embeddings: Tensor, prefill: int) -> Tensor
     """Logits of the last prompt position and of every given token after it, one cached step each."""
     total = embeddings.shape[0]
     inv_freq = inverse_frequencies(decoder.config, total)
-    cache = KVCache(decoder.config, 1, total, dtype=embeddings.dtype, device=embeddings.device)
+    cache = one_block(decoder, total)
     seen: list[Tensor] = []
     start = 0
     for stop in range(prefill, total + 1):
-        positions = torch.arange(start, stop)[None]
-        hidden = decoder(embeddings[None, start:stop], positions, inv_freq, KVSlice(cache, 0, positions, stop, None))
-        seen.append(decoder.logits(hidden[0, -1]))
+        kv = KVBatch.of(cache, [[0]], [stop], [stop - start])
+        hidden = decoder(embeddings[start:stop], torch.arange(start, stop), inv_freq, kv)
+        seen.append(decoder.logits(hidden[-1]))
         start = stop
     return torch.stack(seen)
 

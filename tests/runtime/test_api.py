@@ -8,7 +8,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -515,48 +514,7 @@ def test_visual_tokens_are_those_of_the_tiles(rt, max_tiles, grid):
     assert torch.equal(encoded.tokens, rt.model.encode_tiles(torch.from_numpy(tiles)).flatten(0, 1))
 
 
-def test_features_are_the_hidden_states_of_the_image_as_one_tile(rt):
-    images = [picture(250, 150), picture(84, 84)]
-    tiles = torch.cat([torch.from_numpy(tile_static(image, 84)) for image in images])
-    vision = rt.model.vision_model
-    states = [vision.embeddings(tiles)]
-    for block in vision.encoder.layers:
-        states.append(block(states[-1]))
-    features = rt.features(images, [0, 2, -1])
-    assert list(features) == [0, 2, -1]
-    for layer, found in features.items():
-        assert found.class_token.shape == (2, 48)
-        assert found.patches.shape == (2, 6, 6, 48)
-        assert found.pooled.shape == (2, 96)
-        assert torch.equal(found.class_token, states[layer][:, 0])
-        assert torch.equal(found.patches.flatten(1, 2), states[layer][:, 1:])
-        assert torch.equal(found.pooled, torch.cat((states[layer][:, 0], states[layer][:, 1:].mean(1)), 1))
-    last = rt.features(images[0])
-    assert list(last) == [-1]
-    assert torch.allclose(last[-1].patches, features[-1].patches[:1], atol=1e-5)
-
-
-def test_a_row_of_patches_is_a_row_of_the_image(rt):
-    image = np.zeros((84, 84, 3), np.uint8)
-    image[:14, 70:] = 255  # the last patch of the first row
-    patches = rt.features(image, [0])[0].patches[0] - rt.features(np.zeros_like(image), [0])[0].patches[0]
-    assert patches.abs().sum(-1).nonzero().tolist() == [[0, 5]]
-
-
-@pytest.mark.parametrize("layers", [[4], [-5], []])
-def test_features_of_layers_that_do_not_exist_are_refused(rt, layers):
-    with pytest.raises(InvalidRequestError, match="integers from -4 to 3"):
-        rt.features(SQUARE, layers)
-
-
-def test_features_need_an_image(rt):
-    with pytest.raises(InvalidRequestError, match="at least one image"):
-        rt.features([])
-    with pytest.raises(InvalidRequestError, match=r"^image 2: no such file"):
-        rt.features([SQUARE, "/nowhere.png"])
-
-
-@pytest.mark.parametrize("call", ["embed", "score", "classify", "caption"])
+@pytest.mark.parametrize("call", ["embed", "score", "classify", "match", "caption"])
 def test_contrastive_calls_say_which_models_have_them(rt, call):
     with pytest.raises(UnsupportedError, match=rf"^{call}: .* is a chat model; only contrastive models"):
         getattr(rt, call)(["a"], ["b"])
@@ -784,19 +742,6 @@ def test_a_head_can_be_trained_on_features_and_visual_tokens(rt):
         head = torch.nn.Linear(tensor.shape[-1], 2)
         head(tensor).sum().backward()
         assert head.weight.grad is not None
-
-
-def test_features_come_under_the_numbers_that_were_asked_for(rt):
-    depth = rt.model.config.vision_depth
-    found = rt.features(SQUARE, layers=[-1, depth, 0])
-    assert set(found) == {-1, depth, 0}
-    assert torch.equal(found[-1].patches, found[depth].patches)
-
-
-@pytest.mark.parametrize("layers", [3, [1.5], [], ["1"], [99]])
-def test_layers_of_another_form_are_refused(rt, layers):
-    with pytest.raises(InvalidRequestError, match="layers="):
-        rt.features(SQUARE, layers=layers)
 
 
 def test_decode_steps_that_keep_breaking_end_every_entry_with_our_error(rt, monkeypatch):

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrail.runtime.api import Runtime
-from vitrail.runtime.engine import engine as engine_module
+from vitrail.runtime.engine import runner as runner_module
 from vitrail.runtime.engine.engine import Engine
 from vitrail.runtime.engine.processor import Conversation, Picture
 from vitrail.runtime.errors import InvalidRequestError, VitrailError
 from vitrail.runtime.layers.rotary import inverse_frequencies
+from vitrail.runtime.models import decoder as decoder_module
 from vitrail.runtime.models.decoder import Decoder
 from vitrail.runtime.models.internvl import InternVLModel
 from vitrail.runtime.request import GenerationConfig
@@ -304,18 +305,18 @@ def test_a_request_of_more_completions_than_rows_runs_by_itself(rt, alone):
 def test_the_cache_keeps_within_its_memory_and_requests_take_turns(parts, alone):
     with Runtime(*parts, max_num_seqs=ROWS) as rt:
         longest = max(submit(rt, which).planned_length for which in range(6))
-        rt.engine.max_cached_tokens = 2 * longest
+        rt.engine.max_blocks = 2 * rt.engine.blocks.blocks_for(longest)
         requests = list(rt.engine.waiting)
         rows = set()
         while rt.engine._requests:
             rt.engine.step()
             rows.add(len(rt.engine.running))
-            assert rt.engine.cache.rows * rt.engine.cache.length <= rt.engine.max_cached_tokens
+            assert rt.engine.runner.cache.num_blocks <= rt.engine.max_blocks
         assert max(rows) >= 2
         for which, request in enumerate(requests):
             assert_as_alone(alone, which, request)
         # One that is larger than all memory set aside still runs, by itself.
-        rt.engine.max_cached_tokens = 1
+        rt.engine.max_blocks = 1
         requests = [submit(rt, which) for which in range(3)]
         finish(rt, *requests)
         for which, request in enumerate(requests):
@@ -331,7 +332,7 @@ def test_memory_that_cannot_be_had_fails_the_request_and_not_the_engine(parts, a
             raise torch.OutOfMemoryError("no memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine_module, "KVCache", no_memory)
+            patch.setattr(runner_module, "KVCache", no_memory)
             second = submit(rt, 5)
             with pytest.raises(VitrailError, match="no memory"):
                 finish(rt, second)
@@ -493,7 +494,7 @@ def test_a_request_that_breaks_the_prefill_fails_alone(rt, alone, monkeypatch):
     forward = Decoder.forward
 
     def forward_or_break(self, x, *args):
-        if x.shape[1] == length:
+        if x.shape[0] == length:
             raise ValueError("a prompt that breaks")
         return forward(self, x, *args)
 
@@ -545,18 +546,21 @@ def test_one_completion_that_fails_ends_its_siblings(rt, monkeypatch):
 
 @pytest.mark.parametrize("at_token", [0, 2])
 def test_nan_in_the_cache_of_one_request_never_reaches_another(rt, alone, monkeypatch, at_token):
-    # A long request leaves NaN in its rows; a shorter one that gets the row next, beside a longer one, masks them.
-    append = engine_module.KVSlice.append
+    # A long request leaves NaN in its blocks; shorter ones that get them next fill them only in part.
     broken = submit(rt, 5, request_id="broken", ignore_eos=True, n=2)
     context = len(broken.prepared.token_ids) + at_token
+    write = decoder_module.rope_and_cache
 
-    def append_nan(self, layer, k, v):
-        if self.context == context and k.shape[0] <= 2:
-            k, v = k * torch.nan, v * torch.nan
-        return append(self, layer, k, v)
+    def write_nan(qkv, cos, sin, k_cache, v_cache, slot_mapping, *args, **kwargs):
+        q = write(qkv, cos, sin, k_cache, v_cache, slot_mapping, *args, **kwargs)
+        table = rt.engine.blocks.table(broken.sequences[0])
+        last = context - 1
+        if table[last // 64] * 64 + last % 64 in slot_mapping.tolist():
+            k_cache[:], v_cache[:] = torch.nan, torch.nan
+        return q
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module.KVSlice, "append", append_nan)
+        patch.setattr(decoder_module, "rope_and_cache", write_nan)
         with pytest.raises(VitrailError, match="not finite"):
             finish(rt, broken)
     later = [submit(rt, which) for which in (0, 2, 5, 0)]

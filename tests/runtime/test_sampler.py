@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -11,19 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from vitrail.kernels import dispatch
 from vitrail.runtime.errors import InvalidRequestError, VitrailError
 from vitrail.runtime.request import FinishReason, GenerationConfig
-from vitrail.runtime.sampler import NUCLEUS_CANDIDATES, Sampled, SamplingState, StopChecker, keep_likely, sample
+from vitrail.runtime.sampler import Sampled, SamplingState, StopChecker, edit, sample
 
 VOCAB = 97
 
@@ -50,7 +44,7 @@ def one(logits: Tensor, sequence: SamplingState) -> int:
 
 def edited(logits: Tensor, sequence: SamplingState) -> Tensor:
     logits = logits.clone()
-    sequence.edit(logits)
+    edit(logits[None], [sequence])
     return logits
 
 
@@ -62,52 +56,6 @@ def test_greedy_takes_the_best_token_of_each_row_and_notes_it() -> None:
     states = [state() for _ in range(5)]
     assert [picked.token_id for picked in sample(logits, states)] == logits.argmax(-1).tolist()  # type: ignore[union-attr]
     assert [sequence.token_ids for sequence in states] == logits.argmax(-1)[:, None].tolist()
-
-
-@pytest.mark.parametrize("vocab", [5, VOCAB, NUCLEUS_CANDIDATES + 500])
-@pytest.mark.parametrize(
-    "keywords",
-    [
-        {"temperature": 0.7},
-        {"top_k": 7},
-        {"top_k": 10_000},
-        {"top_p": 0.9},
-        {"top_p": 0.05},
-        {"top_p": 0.9999},
-        {"min_p": 0.1},
-        {"min_p": 1.0},
-        {"temperature": 1.8, "top_k": 20, "top_p": 0.8, "min_p": 0.02},
-        {"temperature": 0.2, "top_p": 0.5, "min_p": 0.2},
-    ],
-)
-def test_unlikely_tokens_are_ruled_out_as_transformers_does(keywords: dict[str, Any], vocab: int) -> None:
-    config = GenerationConfig(**keywords)
-    theirs = LogitsProcessorList([TemperatureLogitsWarper(config.sampling_temperature)])
-    theirs += [TopKLogitsWarper(config.top_k)] if config.top_k else []
-    theirs += [TopPLogitsWarper(config.top_p)] if config.top_p else []
-    theirs += [MinPLogitsWarper(config.min_p)] if config.min_p else []
-    logits = random_logits(16, vocab)
-    ids: Any = torch.zeros(16, 1, dtype=torch.long)
-    torch.testing.assert_close(keep_likely(logits.clone(), [config] * 16), theirs(ids, logits), rtol=1e-6, atol=1e-6)
-
-
-def test_a_wide_nucleus_is_found_beyond_the_first_candidates() -> None:
-    logits = random_logits(2, NUCLEUS_CANDIDATES * 4, scale=0.01)
-    kept = keep_likely(logits.clone(), [GenerationConfig(top_p=0.75)] * 2) > -math.inf
-    assert kept.sum() > 2 * 2 * NUCLEUS_CANDIDATES
-    probabilities = logits.softmax(-1)
-    assert bool((torch.where(kept, probabilities, 0).sum(-1) >= 0.75 - 1e-4).all())
-
-
-def test_rows_are_ruled_out_each_by_its_own_config() -> None:
-    configs = [
-        GenerationConfig(**keywords)
-        for keywords in ({"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.5}, {"min_p": 0.3, "top_k": 50}, {"top_k": 9})
-    ]
-    logits = random_logits(len(configs))
-    together = keep_likely(logits.clone(), configs)
-    for row, config in enumerate(configs):
-        assert torch.equal(together[row], keep_likely(logits[row : row + 1].clone(), [config])[0])
 
 
 @settings(max_examples=25)
@@ -167,6 +115,28 @@ def test_no_token_ends_the_answer_before_min_new_tokens() -> None:
     assert one(logits, state([1], min_new_tokens=2, eos=[7], stop_token_ids=[8])) not in (7, 8)
     assert one(logits, state([1, 2], min_new_tokens=2, eos=[7], stop_token_ids=[8])) in (7, 8)
     assert one(logits, state([1], min_new_tokens=2, eos=[7], stop_token_ids=[8], ignore_eos=True)) == 7
+
+
+def test_bad_words_that_the_model_has_no_logit_for_rule_out_nothing() -> None:
+    logits = random_logits(2, vocab=10)
+    kept = logits.clone()
+    edit(logits, [state(bad_ids=[[10], [15]]), state()])
+    assert torch.equal(logits, kept)
+
+
+def test_rows_edited_together_get_what_each_gets_alone() -> None:
+    logits = random_logits(5)
+    states = [
+        state([5, 5], prompt=[3, 9], repetition_penalty=1.5, presence_penalty=0.5),
+        state(),
+        state([1, 2], bad_ids=[[1, 2, 3], [4]], min_new_tokens=3, eos=[7, 8]),
+        state([6], logit_bias={6: 2.5, 7: -100}, frequency_penalty=0.25),
+        state([2], repetition_penalty=0.8, logit_bias={2: -1}),
+    ]
+    together = logits.clone()
+    edit(together, states)
+    for row, sequence in enumerate(states):
+        assert torch.equal(together[row], edited(logits[row], sequence))
 
 
 def test_frequencies_are_those_of_the_distribution() -> None:
@@ -291,6 +261,46 @@ def test_logprobs_are_the_models_own_whatever_the_request_changes() -> None:
         assert [pair[0] for pair in pairs] == best.indices.tolist()  # type: ignore[index]
         assert [pair[1] for pair in pairs] == pytest.approx(best.values.tolist())  # type: ignore[index]
     assert results[2].token_id == 11  # type: ignore[union-attr]
+
+
+ROWS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9},
+    {"top_p": 0.7, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.2},
+    {"logit_bias": {3: 100}},
+    {"bad_ids": [[token] for token in range(VOCAB)]},
+    {"temperature": 2.0},
+]
+
+
+def test_gpu_kernels_pick_what_the_references_pick() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU here")
+    logits = random_logits(len(ROWS))
+    logits[5, 8] = math.nan
+    outcomes = []
+    for kernels in (nullcontext(), dispatch.simulate(dispatch.A100)):
+        with kernels:
+            outcomes.append(sample(logits, [state(seed=3, **keywords) for keywords in ROWS]))
+    assert [str(outcome) for outcome in outcomes[0]] == [str(outcome) for outcome in outcomes[1]]
+    assert [isinstance(outcome, Sampled) for outcome in outcomes[0]] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_device_once() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    logits = random_logits(len(ROWS)).cuda()
+    states = [state(seed=3, **keywords) for keywords in ROWS]
+    sample(logits, states)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            sample(logits, states)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
 
 
 # --- Stopping ---

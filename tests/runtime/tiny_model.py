@@ -62,17 +62,20 @@ def assert_same_answer(expected: Completion, got: Completion) -> None:
 
 
 def check_integrity(engine: Engine) -> None:
-    """Every live request is in exactly one place, and what runs has its own row of the cache."""
+    """Every live request is in exactly one place, and what runs, and nothing else, has blocks of the cache."""
     rows = [sequence for _, sequence in engine.running]
     assert len({id(sequence) for sequence in rows}) == len(rows)
     for request, sequence in engine.running:
         assert sequence.finish_reason is None
         assert request.finished is None
         assert engine._requests[request.request_id] is request
+    engine.blocks.check_integrity()
+    assert engine.blocks.num_used == sum(
+        engine.blocks.blocks_for(request.planned_length) for request, _ in engine.running
+    )
     if rows:
-        assert engine.cache is not None
-        assert engine.cache.rows >= len(rows)
-        assert engine.cache.length >= max(request.planned_length for request, _ in engine.running)
+        assert engine.runner.cache is not None
+        assert engine.runner.cache.num_blocks == engine.blocks.num_blocks
     for request in engine.waiting:
         assert engine._requests[request.request_id] is request
         assert request.admitted is None

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrail.runtime.layers.kv_cache import KVCache, KVSlice
+from vitrail.runtime.layers.kv_cache import KVBatch, KVCache
 from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.models.decoder import Decoder
 
@@ -26,8 +26,8 @@ def embeddings(model: Decoder, rows: int, tokens: int, seed: int = 0) -> Tensor:
     return model.embed(ids)
 
 
-def new_cache(model: Decoder, rows: int, length: int) -> KVCache:
-    return KVCache(model.config, rows, length, dtype=model.embedding.dtype, device=model.embedding.device)
+def new_cache(model: Decoder, num_blocks: int) -> KVCache:
+    return KVCache(model.config, num_blocks, 4, dtype=model.embedding.dtype, device=model.embedding.device)
 
 
 def whole(model: Decoder, x: Tensor) -> Tensor:
@@ -45,11 +45,14 @@ def test_a_prompt_in_pieces_through_the_cache_is_the_prompt_at_once(architecture
     total = data.draw(st.integers(1, 24))
     cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=4))})
     x = embeddings(model, 2, total)
-    cache, inv_freq = new_cache(model, 3, total), inverse_frequencies(model.config, total)
+    cache, inv_freq = new_cache(model, 12), inverse_frequencies(model.config, total)
+    blocks = data.draw(st.permutations(range(12)))
+    tables = blocks[:6], blocks[6:]
     pieces = []
     for start, stop in pairwise(cuts):
-        positions = torch.arange(start, stop).expand(2, -1)
-        pieces.append(model(x[:, start:stop], positions, inv_freq, KVSlice(cache, 1, positions, stop)))
+        positions = torch.arange(start, stop).repeat(2)
+        kv = KVBatch.of(cache, tables, [stop, stop], [stop - start] * 2)
+        pieces.append(model(x[:, start:stop].flatten(0, 1), positions, inv_freq, kv).unflatten(0, (2, -1)))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole(model, x), **TOLERANCE)
 
 
@@ -59,20 +62,22 @@ def test_rows_of_different_lengths_decode_together_as_they_do_alone(architecture
     model = decoder(architecture)
     lengths, steps, planned = [3, 17, 1, 9], 5, 24
     inv_freq = inverse_frequencies(model.config, planned)
-    cache = new_cache(model, len(lengths), planned)
-    cache.keys.fill_(1e3)  # what earlier requests left behind must not count
-    cache.values.fill_(1e3)
-    rows = [embeddings(model, 1, length + steps, seed=length) for length in lengths]
-    for row, (x, length) in enumerate(zip(rows, lengths, strict=True)):
-        positions = torch.arange(length)[None]
-        model(x[:, :length], positions, inv_freq, KVSlice(cache, row, positions, length))
+    cache = new_cache(model, 6 * len(lengths))
+    cache.keys.fill_(torch.nan)  # what earlier requests left behind must not count
+    cache.values.fill_(torch.nan)
+    tables = [list(range(row, 6 * len(lengths), len(lengths))) for row in range(len(lengths))]
+    rows = [embeddings(model, 1, length + steps, seed=length)[0] for length in lengths]
+    prompts = [x[:length] for x, length in zip(rows, lengths, strict=True)]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    model(torch.cat(prompts), positions, inv_freq, KVBatch.of(cache, tables, lengths, lengths))
     for step in range(steps):
-        lens = torch.tensor(lengths) + step + 1
-        x = torch.cat([x[:, length + step : length + step + 1] for x, length in zip(rows, lengths, strict=True)])
-        hidden = model(x, lens[:, None] - 1, inv_freq, KVSlice(cache, 0, lens[:, None] - 1, int(lens.max()), lens))
+        lens = [length + step + 1 for length in lengths]
+        x = torch.stack([x[length + step] for x, length in zip(rows, lengths, strict=True)])
+        kv = KVBatch.of(cache, tables, lens, [1] * len(lens))
+        hidden = model(x, torch.tensor(lens) - 1, inv_freq.expand(len(lens), -1), kv)
         for row, (x, length) in enumerate(zip(rows, lengths, strict=True)):
-            alone = model(x, torch.arange(length + steps)[None], inv_freq)[0, length + step]
-            torch.testing.assert_close(hidden[row, 0], alone, **TOLERANCE)
+            alone = model(x[None], torch.arange(length + steps)[None], inv_freq)[0, length + step]
+            torch.testing.assert_close(hidden[row], alone, **TOLERANCE)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def test_hidden_states_stop_after_the_deepest_block_asked_for(monkeypatch: pytes
     every = vit.hidden_states(tiles, range(6))
     ran: list[Block] = []
     forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda block, x: ran.append(block) or forward(block, x))
+    monkeypatch.setattr(Block, "forward", lambda block, *args: ran.append(block) or forward(block, *args))
     some = vit.hidden_states(tiles, [3, 1])
     assert ran == list(vit.encoder.layers[:3])
     assert list(some) == [3, 1]

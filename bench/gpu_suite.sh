@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in sections of less than eight minutes that each run alone:
+#
+#     bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|engine ...]
+#
+# JSON and logs go to the folder OUT, a short table comes last. PYTHON names the interpreter, by default the checkout's
+# own environment or else python3; vitrail need not be installed.
+set -uo pipefail
+
+usage="usage: bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|engine ...]"
+out=$(realpath -m "${1:?$usage}")
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+mkdir -p "$out"
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    if [ -x .venv/bin/python ]; then PYTHON=$root/.venv/bin/python; fi
+fi
+# The root is the package: where it is not installed, a link under the package's name makes it importable.
+link=$(mktemp -d)
+trap 'rm -rf "$link"' EXIT
+ln -s "$root" "$link/vitrail"
+export PYTHONSAFEPATH=1
+"$PYTHON" -c "import vitrail" 2>/dev/null || export PYTHONPATH=$link
+
+run_section() {
+    case $1 in
+        tests) "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests ;;
+        kernels) "$PYTHON" bench/kernels.py --out "$out" ;;
+        vision) "$PYTHON" bench/vision.py --out "$out" ;;
+        table_g) "$PYTHON" bench/table_g.py --out "$out" ;;
+        decode) "$PYTHON" bench/decode.py --out "$out" ;;
+        engine) "$PYTHON" bench/latency.py --device cuda --models v1.5 --dtypes bfloat16 --out "$out" ;;
+    esac
+}
+
+failed=0
+sections=("$@")
+if [ $# -eq 0 ]; then sections=(tests kernels vision table_g decode engine); fi
+for section in "${sections[@]}"; do
+    case $section in
+        tests | kernels | vision | table_g | decode | engine) ;;
+        *) echo "gpu_suite.sh: no section $section; $usage" >&2; exit 2 ;;
+    esac
+done
+for section in "${sections[@]}"; do
+    start=$SECONDS
+    run_section "$section" >"$out/$section.log" 2>&1
+    status=$?
+    if [ $status -ne 0 ]; then failed=1; fi
+    echo "$section: exit status $status, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+done
+for section in "${sections[@]}"; do
+    echo
+    echo "== $section"
+    tail -n 60 "$out/$section.log"
+done
+exit $failed

@@ -1,0 +1,56 @@
+"""One way to launch a Triton kernel: from a kernel pack, through Triton's compiler or interpreter, or only recorded."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .language import Kernel, triton
+from .signature import Argument, Launch, compiler_options
+
+
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    *args: Argument,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    launch_pdl: bool = False,
+    **constants: Any,
+) -> None:
+    """Run `kernel` on `grid` programs: run-time arguments in order, constants by name.
+
+    num_stages: depth of the software pipeline. launch_pdl: let the kernel start before its predecessor has ended.
+    """
+    if 0 in grid:
+        return
+    simulated = dispatch.simulation()
+    if simulated is not None and simulated.launches is None:
+        kernel.triton[grid](*args, **constants)
+        return
+    wanted = Launch.of(kernel, args, constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=launch_pdl)
+    if simulated is not None:
+        assert simulated.launches is not None
+        simulated.launches.append(wanted)
+        return
+    device = next(value.device for value in args if isinstance(value, Tensor))
+    from .pack import find  # cuda-python is needed only where a pack is
+
+    binary = find(device, wanted)
+    if binary is not None:
+        binary.launch(grid, args)
+        return
+    if kernel.triton is None:
+        raise RuntimeError(f"the kernel pack has no {wanted.key}, and Triton is not installed")
+    _prepare_triton()
+    with torch.cuda.device(device):
+        options = compiler_options(wanted)
+        kernel.triton[grid](*args, **constants, **options)
+
+
+@cache
+def _prepare_triton() -> None:
+    """Tensor descriptors made on the device need a little memory for each program: take it from torch."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

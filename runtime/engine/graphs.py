@@ -1,0 +1,148 @@
+"""CUDA graphs of the two halves: the vision half by number of tiles, the decoder's step by number of sequences.
+
+A graph replays its kernels without the host, on the same memory: inputs are copied into buffers that it reads, and
+results stay valid until its next replay. Other sizes are composed of captured ones (tiles) or padded (sequences).
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..layers.kv_cache import KVBatch, KVCache
+
+# Tiles of a vision graph with the share of the GPU that its matrix products keep busy on an H200 with 128x128 output
+# tiles: what is lost is the last, incomplete wave of thread blocks.
+TILE_COUNTS = {1: 0.791, 2: 0.846, 4: 0.921, 7: 0.965, 8: 0.958, 13: 0.986, 16: 0.980, 26: 0.985, 32: 0.992}
+BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+# A captured function: call it to run again; its result is always the same tensor.
+Replay = Callable[[], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Replay]
+
+
+class CudaCapture:
+    """Captures functions as CUDA graphs that share one pool of memory. `num_bytes`: what the captures took so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.num_bytes = 0
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        """A replay of `run`, which must read and write the same tensors every time and never wait for the GPU."""
+        torch.cuda.synchronize(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # Libraries choose their kernels and take their workspaces in the first calls, which must not be captured.
+        side = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        torch.cuda.synchronize(self.device)
+        self.num_bytes += max(0, free - torch.cuda.mem_get_info(self.device)[0])
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+@cache
+def compose(num_tiles: int, counts: tuple[int, ...] = tuple(TILE_COUNTS)) -> tuple[int, ...]:
+    """Captured tile counts that add up to `num_tiles` in the least time, the largest first."""
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for total in range(1, num_tiles + 1):
+        options = (
+            (best[total - count][0] + count / TILE_COUNTS[count], (*best[total - count][1], count))
+            for count in counts
+            if count <= total
+        )
+        best.append(min(options))
+    return tuple(sorted(best[num_tiles][1], reverse=True))
+
+
+class VisionGraphs:
+    """`encode` (uint8 tiles -> visual tokens) as graphs of up to `max_tiles` tiles."""
+
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], tile_size: int, max_tiles: int, capture: Capture, device: torch.device
+    ) -> None:
+        self.counts = tuple(count for count in TILE_COUNTS if count <= max_tiles)
+        shape = (self.counts[-1], tile_size, tile_size, 3)
+        self._tiles = torch.zeros(shape, dtype=torch.uint8, device=device)
+        # The largest first: the smaller ones then live in the memory that it left in the pool.
+        self._replays = {
+            count: capture(lambda tiles=self._tiles[:count]: encode(tiles)) for count in reversed(self.counts)
+        }
+
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """tiles: (n, tile_size, tile_size, 3) uint8, on any device. Returns (n, tokens_per_tile, llm hidden)."""
+        parts = []
+        for part in tiles.split(list(compose(tiles.shape[0], self.counts))):
+            self._tiles[: len(part)].copy_(part, non_blocking=True)
+            parts.append(self._replays[len(part)]().clone())
+        return torch.cat(parts)
+
+
+class DecodeGraphs:
+    """One decode step, from token ids to logits, as graphs of up to `max_num_seqs` sequences.
+
+    `step` takes token_ids (n,) int64, positions (n,) int64, inv_freq (n, head_dim / 2) and a `KVBatch`. Sequences that
+    pad a batch have no context, and write no keys or values.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor, Tensor, KVBatch], Tensor],
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        rotary_dim: int,
+        capture: Capture,
+    ) -> None:
+        sizes = [size for size in BATCH_SIZES if size < max_num_seqs]
+        self.sizes = (*sizes, max_num_seqs)
+        device = cache.keys.device
+        self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._inv_freq = torch.zeros(max_num_seqs, rotary_dim // 2, device=device)
+        self._slot_mapping = torch.full((max_num_seqs,), -1, dtype=torch.int64, device=device)
+        self._block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        cu_seqlens_q = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+
+        def capture_size(n: int) -> Replay:
+            kv = KVBatch(
+                cache,
+                self._slot_mapping[:n],
+                self._block_tables[:n],
+                cu_seqlens_q[: n + 1],
+                self._context_lens[:n],
+                max_seqlen_q=1,
+            )
+            return capture(lambda: step(self._token_ids[:n], self._positions[:n], self._inv_freq[:n], kv))
+
+        self._replays = {size: capture_size(size) for size in reversed(self.sizes)}
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, kv: KVBatch) -> Tensor:
+        """Logits (n, vocab) of one step, valid until the next."""
+        count = token_ids.shape[0]
+        size = self.sizes[bisect_left(self.sizes, count)]
+        self._token_ids[:count].copy_(token_ids, non_blocking=True)
+        self._positions[:count].copy_(positions, non_blocking=True)
+        self._inv_freq[:count].copy_(inv_freq, non_blocking=True)
+        self._slot_mapping[:count].copy_(kv.slot_mapping, non_blocking=True)
+        self._block_tables[:count, : kv.block_tables.shape[1]].copy_(kv.block_tables, non_blocking=True)
+        self._context_lens[:count].copy_(kv.context_lens, non_blocking=True)
+        # What an earlier, larger batch left behind the sequences of this one.
+        self._slot_mapping[count:size].fill_(-1)
+        self._context_lens[count:size].zero_()
+        return self._replays[size]()[:count]

@@ -1,0 +1,147 @@
+"""The committed tables of compiled kernels: complete, sound, true for a sample. `make kernels` compiles them all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitrail.bench import kernel_resources
+from vitrail.bench.kernel_resources import (
+    DOCUMENT,
+    DOCUMENTED_TRITON,
+    TABLES,
+    differences,
+    read_table,
+    record,
+    refresh,
+    table_file,
+)
+from vitrail.kernels import dispatch
+from vitrail.kernels.signature import Launch
+from vitrail.runtime.kernel_pack import find_config, record_launches
+
+triton = pytest.importorskip("triton")
+
+ROW = {"kernel": "norm", "without": [], "constants": {"BLOCK": 64}, "models": ["nano"], "ctas_per_sm": 8}
+ROW |= {"registers": 100, "stack": 0, "shared": 1000, "warps": 4, "instructions": 400}
+ROW |= {"opcodes": {"HMMA": 100, "LDG": 8, "LDG.128": 8}}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[tuple[Launch, dispatch.Arch, list[str]]]:
+    return record()
+
+
+@pytest.mark.parametrize("arch", dispatch.ARCHS)
+def test_the_documented_table_holds_what_is_launched_and_nothing_else(recorded, arch) -> None:
+    launched = {launch.key for launch, of, _ in recorded if of == arch}
+    assert set(read_table(DOCUMENTED_TRITON)[arch]) == launched
+
+
+@pytest.mark.parametrize("arch", dispatch.ARCHS)
+@pytest.mark.parametrize("file", sorted(TABLES.glob("*.json")), ids=lambda file: file.stem)
+def test_no_committed_kernel_spills_or_is_too_large(arch, file: Path) -> None:
+    limit = {"sm_80": 166_912, "sm_90": 232_448}[arch]
+    for key, row in json.loads(file.read_text())["launches"][arch].items():
+        assert row["stack"] == 0, key
+        assert not {"LDL", "STL"} & set(row["opcodes"]), key
+        assert row["shared"] <= limit, key
+        assert row["ctas_per_sm"] >= 1, key
+
+
+def test_a_sample_compiles_into_what_the_table_says(recorded) -> None:
+    if not table_file(triton.__version__).exists():
+        pytest.skip(f"no table for Triton {triton.__version__}")
+    names = ("_norm_kernel", "_scaled_residual_kernel")
+    nano = [(launch, arch, models) for launch, arch, models in recorded if models == ["nano"]]
+    sample = [
+        next(one for one in nano if one[0].name == name and one[1] == arch) for name in names for arch in dispatch.ARCHS
+    ]
+    rows, faulty = kernel_resources.measure(sample)
+    assert faulty == []
+    table = read_table(triton.__version__)
+    for arch in dispatch.ARCHS:
+        assert len(rows[arch]) == len(names)
+        assert differences({key: table[arch][key] for key in rows[arch]}, rows[arch]) == []
+
+
+def test_the_document_shows_the_table() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert refresh(text) == text, "python bench/kernel_resources.py --docs writes it anew"
+    assert text.count("| norm") >= 2
+
+
+@pytest.mark.parametrize("arch", dispatch.ARCHS)
+def test_every_kernel_that_the_dispatch_tables_choose_is_compiled(recorded, arch) -> None:
+    compiled = {
+        (launch.name, launch.num_warps, launch.num_stages, launch.constants) for launch, of, _ in recorded if of == arch
+    }
+    kernels = {"persistent": "_persistent_kernel", "pipelined": "_pipelined_kernel"}
+    for operation, rows in dispatch.read_table(dispatch.TABLES / f"{arch}.json").items():
+        for row in rows:
+            choice = dict(row["choice"])
+            implementation = choice.pop("implementation")
+            if implementation in ("torch", "flash", "cudnn"):
+                continue
+            name = kernels.get(implementation, f"_{operation}_kernel")
+            warps, stages = choice.pop("num_warps"), choice.pop("num_stages")
+            choice.pop("programs_per_sm", None)
+            assert any(
+                (name, warps, stages) == (of, *options) and choice.items() <= dict(constants).items()
+                for of, *options, constants in compiled
+            ), row
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"registers": 105, "shared": 950, "instructions": 420, "ctas_per_sm": 7}, None),
+        ({"registers": 106}, "k: registers 106, in the table 100"),
+        ({"registers": 94}, "k: registers 94, in the table 100"),
+        ({"shared": 1051}, "k: shared 1051, in the table 1000"),
+        ({"instructions": 421}, "k: instructions 421, in the table 400"),
+        ({"stack": 8}, "k: stack 8, in the table 0"),
+        ({"warps": 12}, "k: warps 12, in the table 4"),
+        ({"opcodes": {"HMMA": 95, "LDG": 20, "LDG.128": 1}}, None),
+        ({"opcodes": {"HMMA": 94, "LDG": 8, "LDG.128": 8}}, "k: 94 HMMA instructions, in the table 100"),
+        ({"opcodes": {"HMMA": 100, "LDG": 64}}, "k: 0 LDG.128 instructions, in the table 8"),
+    ],
+)
+def test_what_a_compiler_may_change_and_what_not(changed, complaint) -> None:
+    assert differences({"k": ROW}, {"k": ROW | changed}) == ([complaint] if complaint else [])
+
+
+def test_new_and_lost_launches_are_differences() -> None:
+    assert differences({"old": ROW}, {"new": ROW}) == [
+        "new: is not in the table",
+        "old: is in the table and no longer launched",
+    ]
+
+
+def test_patch_releases_share_a_table() -> None:
+    assert table_file("3.9.0") == table_file("3.9.1")
+    assert table_file("3.9.0").name == "triton-3.9.json"
+
+
+def test_a_difference_and_a_fault_fail_the_command(monkeypatch, tmp_path: Path, capsys) -> None:
+    rows = {arch: {"k": ROW} for arch in dispatch.ARCHS}
+    monkeypatch.setattr(kernel_resources, "TABLES", tmp_path)
+    monkeypatch.setattr(kernel_resources, "DOCUMENT", tmp_path / "kernels.md")
+    monkeypatch.setattr(kernel_resources, "DOCUMENTED_TRITON", triton.__version__)
+    (tmp_path / "kernels.md").write_text("# Kernels\n<!-- kernels:resources -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(kernel_resources, "record", list)
+    monkeypatch.setattr(kernel_resources, "measure", lambda wanted: (rows, []))
+    assert kernel_resources.main(["--write"]) == 0
+    assert "old" not in (tmp_path / "kernels.md").read_text()
+    assert kernel_resources.main([]) == 0
+    worse = {"sm_80": {"k": ROW | {"stack": 16}}, "sm_90": {"k": ROW}}
+    monkeypatch.setattr(kernel_resources, "measure", lambda wanted: (worse, []))
+    capsys.readouterr()
+    assert kernel_resources.main([]) == 1
+    assert "sm_80 k: stack 16, in the table 0\n" in capsys.readouterr().out
+    nano = record_launches(find_config("nano"), dispatch.A100, torch.bfloat16)[0]
+    faulty = [kernel_resources.Compiled(nano, "sm_80", faults=("8 bytes of stack",))]
+    monkeypatch.setattr(kernel_resources, "measure", lambda wanted: (rows, faulty))
+    assert kernel_resources.main([]) == 1
+    assert f"{nano.key} for sm_80: 8 bytes of stack\n" in capsys.readouterr().out

@@ -1,0 +1,136 @@
+"""Mistakes put into real kernels: the checks of this folder must notice each of them.
+
+Values are checked under Triton's interpreter, resources in compiled binaries. A mistake is a line of a kernel's source,
+replaced; if the line is gone, the test says so and wants another.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrail.kernels import dispatch, gemm, norm
+from vitrail.kernels.build import Compiled, KernelError, check, compile_launches
+from vitrail.kernels.signature import Launch
+
+from .local_kernels import with_line_replaced
+from .measure import assert_errs_like, random
+
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
+
+
+# --- values ---
+
+
+def wide_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Random rows in the middle of a wider buffer of NaN, which is what a mistake reads beside them."""
+    buffer = torch.full((rows + 2, columns + 48), torch.nan, dtype=dtype)
+    buffer[1:-1, 16 : 16 + columns] = random(rows, columns)
+    return buffer[1:-1, 16 : 16 + columns]
+
+
+def check_norm(module: ModuleType) -> None:
+    x, weight = wide_rows(5, 123, torch.float32), random(123, seed=1)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    assert_errs_like(module.rms_norm(x, weight, 1e-6), norm.rms_norm_reference(x, weight, 1e-6), exact)
+
+
+def check_gemm(module: ModuleType) -> None:
+    x, weight = wide_rows(70, 80, torch.bfloat16), wide_rows(72, 80, torch.bfloat16)
+    bias = random(72, seed=2).bfloat16()
+    choice = {"implementation": "pipelined", **SMALL}
+    result = module.gemm("gelu", dispatch.A100, x, weight, bias, choice)
+    exact = torch.nn.functional.gelu(x.double() @ weight.double().t() + bias.double())
+    assert_errs_like(result, torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)), exact)
+
+
+NORM_LOAD = "x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)"
+GEMM_POINTERS = "weight_ptrs = weight_ptr + weight_rows[None, :] * weight_stride + inner[:, None]"
+VALUE_FAULTS = {
+    "dropped mask of a row": (norm, check_norm, NORM_LOAD, NORM_LOAD.replace("mask=inside, other=0.0", "")),
+    "other rows' stride": (norm, check_norm, NORM_LOAD, NORM_LOAD.replace("x_stride", "hidden")),
+    "mean over the block": (
+        *(norm, check_norm, "y = x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps)"),
+        "y = x * tl.rsqrt(tl.sum(x * x, 0) / BLOCK + eps)",
+    ),
+    "dropped mask of the inner axis": (
+        *(gemm, check_gemm, "a = tl.load(x_ptrs, mask=inside[None, :], other=0.0)"),
+        "a = tl.load(x_ptrs)",
+    ),
+    "wrong stride of the weight": (gemm, check_gemm, GEMM_POINTERS, GEMM_POINTERS.replace("weight_stride", "k")),
+}
+
+
+@pytest.mark.parametrize("check_values", [check_norm, check_gemm])
+def test_the_real_kernels_pass_what_the_faulty_ones_fail(interpreted, check_values) -> None:
+    with interpreted():
+        check_values({check_norm: norm, check_gemm: gemm}[check_values])
+
+
+@pytest.mark.parametrize("fault", VALUE_FAULTS)
+def test_a_fault_in_the_values_is_noticed(interpreted, tmp_path: Path, fault: str) -> None:
+    module, check_values, line, by = VALUE_FAULTS[fault]
+    faulty = with_line_replaced(module, line, by, tmp_path)
+    with interpreted(), pytest.raises(AssertionError):
+        check_values(faulty)
+
+
+# --- resources ---
+
+
+def recorded_gemm(module: ModuleType, arch: dispatch.Arch) -> Launch:
+    """A launch at the size of InternViT-300M's fc1, with small blocks."""
+    launches: list[Launch] = []
+    with torch.device("meta"), dispatch.simulate(dispatch.REPRESENTATIVE[arch], launches):
+        x, weight, bias = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((1025, 1024), (4096, 1024), (4096,)))
+        module.gemm("gelu", dispatch.REPRESENTATIVE[arch], x, weight, bias, {"implementation": "pipelined", **SMALL})
+    return launches[0]
+
+
+def recorded_norm(module: ModuleType, arch: dispatch.Arch) -> Launch:
+    """A launch at the size of InternViT-6B."""
+    launches: list[Launch] = []
+    with torch.device("meta"), dispatch.simulate(dispatch.REPRESENTATIVE[arch], launches):
+        x, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((7, 1025, 3200), (3200,)))
+        module.residual_norm(x, x, weight, weight, None, 1e-6)
+    return launches[0]
+
+
+def times(factor: int, block: str, launch: Launch) -> Launch:
+    constants = dict(launch.constants)
+    return replace(launch, constants=tuple((constants | {block: factor * constants[block]}).items()))
+
+
+DOT = 'acc = tl.dot(a, b, acc, input_precision="ieee")'
+RESOURCE_FAULTS = {
+    ("a block 8 times as deep", "sm_80"): "196608 bytes of shared memory, where sm_80 has 166912",
+    ("a block 8 times as deep", "sm_90"): "262144 bytes of shared memory, where sm_90 has 232448",
+    ("16 times the row for a warp", "sm_80"): r"[1-9]\d* bytes of stack a thread",
+    ("products of widened operands", "sm_80"): "no tensor core computes the product",
+    ("products of widened operands", "sm_90"): "no tensor core computes the product",
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, dispatch.Arch], Compiled]:
+    """The faulty kernels compiled, by fault and architecture."""
+    widened = DOT.replace("(a, b,", "(a.to(tl.float32), b.to(tl.float32),")
+    faulty_gemm = with_line_replaced(gemm, DOT, widened, tmp_path_factory.mktemp("gemm"))
+    launches: dict[str, Callable[[dispatch.Arch], Launch]] = {
+        "a block 8 times as deep": lambda arch: times(8, "BLOCK_K", recorded_gemm(gemm, arch)),
+        "16 times the row for a warp": lambda arch: replace(times(8, "BLOCK", recorded_norm(norm, arch)), num_warps=4),
+        "products of widened operands": lambda arch: recorded_gemm(faulty_gemm, arch),
+    }
+    pairs = list(RESOURCE_FAULTS)
+    found = compile_launches([(launches[fault](arch), arch) for fault, arch in pairs], jobs=2)
+    return {pairs[index]: compiled for index, compiled in found}
+
+
+@pytest.mark.parametrize(("fault", "arch"), RESOURCE_FAULTS)
+def test_a_fault_in_the_resources_is_noticed(built, fault: str, arch: dispatch.Arch) -> None:
+    with pytest.raises(KernelError, match=RESOURCE_FAULTS[fault, arch]):
+        check(built[fault, arch])
