@@ -32,12 +32,13 @@ def measure_batch(
     inv_freq = inverse_frequencies(llm, context).cuda().expand(batch, -1)
     tokens = torch.randint(0, llm.vocab_size, (batch,), device="cuda")
     ids = tokens.tolist()
-    past = StaticCache(config=peer.config.text_config, max_cache_len=context)
-    position = torch.tensor([context - 1], device="cuda")
+    past: Any = StaticCache(config=peer.config.text_config, max_cache_len=context)
+    positions = torch.full((batch, 1), context - 1, device="cuda")
 
     def theirs() -> Tensor:
+        past.reset()  # it counts its tokens and would run full; the whole length is attended to at any count
         out = peer.model.language_model(
-            input_ids=tokens[:, None], past_key_values=past, cache_position=position, use_cache=True
+            input_ids=tokens[:, None], position_ids=positions, past_key_values=past, use_cache=True
         )
         return peer.lm_head(out.last_hidden_state[:, -1])
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+HIDING_CYCLES = 2_000_000  # about a millisecond: longer than the host takes to launch an operation
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("vitrail", "torch", "triton", "numpy", "transformers", "onnxruntime", "bitsandbytes")
 
@@ -54,9 +55,12 @@ def measure(
     repeats: int = 20,
     device: torch.device | str | None = None,
     cold_cache: bool = False,
+    hide_launch: bool = False,
 ) -> Timing:
     """Time `fn` alone; the arguments are those of `compare`."""
-    return compare({"": fn}, warmup=warmup, repeats=repeats, device=device, cold_cache=cold_cache)[""]
+    return compare(
+        {"": fn}, warmup=warmup, repeats=repeats, device=device, cold_cache=cold_cache, hide_launch=hide_launch
+    )[""]
 
 
 def compare(
@@ -66,6 +70,7 @@ def compare(
     repeats: int = 20,
     device: torch.device | str | None = None,
     cold_cache: bool = False,
+    hide_launch: bool = False,
 ) -> dict[str, Timing]:
     """Time several functions side by side, so that a machine that slows down slows all of them.
 
@@ -74,18 +79,23 @@ def compare(
     so `fn` itself must wait where its host work is part of what is measured. On a CPU it is wall-clock time.
 
     `device`: where `fn` computes; None is CUDA if present. `cold_cache` (CUDA only) overwrites the L2 cache before
-    every call: what a memory-bound kernel meets inside a model.
+    every call: what a memory-bound kernel meets inside a model. `hide_launch` (CUDA only) keeps the GPU waiting while
+    the host launches, so that a kernel shorter than its launch is timed alone, as in a graph; without it the GPU is
+    idle when a call begins, and the host's part of it counts.
     """
     if repeats < 1 or warmup < 0 or not contenders:
         raise ValueError(f"nothing to time: {len(contenders)} contenders, {warmup} warm-up and {repeats} timed rounds")
     where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if cold_cache and where.type != "cuda":
-        raise ValueError(f"cold_cache overwrites a GPU's L2 cache, and the device is {where}")
-    samples = _time_on_cuda if where.type == "cuda" else _time_on_cpu
+    if (cold_cache or hide_launch) and where.type != "cuda":
+        raise ValueError(f"cold_cache and hide_launch are of a GPU, and the device is {where}")
     for fn in contenders.values():
         for _ in range(warmup):
             fn()
-    return {name: Timing.of(times) for name, times in samples(contenders, repeats, where, cold_cache).items()}
+    if where.type == "cuda":
+        samples = _time_on_cuda(contenders, repeats, where, cold_cache, hide_launch)
+    else:
+        samples = _time_on_cpu(contenders, repeats)
+    return {name: Timing.of(times) for name, times in samples.items()}
 
 
 def _rounds(names: Sequence[str], repeats: int) -> list[str]:
@@ -93,9 +103,7 @@ def _rounds(names: Sequence[str], repeats: int) -> list[str]:
     return [name for turn in range(repeats) for name in (names if turn % 2 == 0 else names[::-1])]
 
 
-def _time_on_cpu(
-    contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, cold_cache: bool
-) -> dict[str, list[float]]:
+def _time_on_cpu(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for name in _rounds(list(contenders), repeats):
         start = time.perf_counter_ns()
@@ -105,7 +113,11 @@ def _time_on_cpu(
 
 
 def _time_on_cuda(
-    contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, cold_cache: bool
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    cold_cache: bool,
+    hide_launch: bool,
 ) -> dict[str, list[float]]:
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
     # Twice the cache, so that no line of the operands survives a replacement policy that is not strictly LRU.
@@ -115,6 +127,10 @@ def _time_on_cuda(
         for name in _rounds(list(contenders), repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
+            if hide_launch:
+                torch.cuda._sleep(HIDING_CYCLES)
+            else:
+                torch.cuda.synchronize(device)
             start.record()
             contenders[name]()
             end.record()

@@ -11,6 +11,8 @@ runs on a CPU; `library` the fastest library call for the same operation.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -107,7 +109,7 @@ def vision_cases(tiles: int) -> Iterator[Case]:
     )
     for name, out in (("linear, qkv", 3 * HIDDEN), ("linear, proj", HIDDEN)):
         matrix = random(out, HIDDEN, scale=HIDDEN**-0.5)
-        yield Case(name, shape, lambda matrix=matrix: linear(x, matrix), flops=2.0 * rows * HIDDEN * out)
+        yield Case(name, shape, partial(linear, x, matrix), flops=2.0 * rows * HIDDEN * out)
     inner, fc2 = random(rows, MLP), random(HIDDEN, MLP, scale=MLP**-0.5)
     yield Case("linear, fc2", shape, lambda: linear(inner, fc2), flops=2.0 * rows * HIDDEN * MLP)
     pixels = torch.randint(0, 256, (tiles, 448, 448, 3), dtype=torch.uint8, device=DEVICE)
@@ -203,7 +205,11 @@ def forced(operation: str, choice: dispatch.Choice, run: Callable[[], object]) -
 def measure_case(case: Case, ceiling: Ceilings) -> dict[str, Any]:
     """A row; the first contender's columns carry no prefix."""
     contenders = {"": case.run, "plain": case.plain, "library": case.library}
-    timings = compare({name: run for name, run in contenders.items() if run is not None}, cold_cache=bool(case.bytes))
+    timings = compare(
+        {name: run for name, run in contenders.items() if run is not None},
+        cold_cache=bool(case.bytes),
+        hide_launch=True,
+    )
     own = timings[""]
     seconds = own.median / 1e3
     plain, library = timings.get("plain"), timings.get("library")
@@ -230,17 +236,15 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the JSON; bench/results/<device> by default")
     arguments = parser.parse_args()
     require_gpu()
-    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         ceiling = ceilings()
-        groups = (
-            *(lambda tiles=tiles: vision_cases(tiles) for tiles in (1, 7, 16)),
-            *(lambda batch=batch: decode_cases(batch, 2048) for batch in (1, 8, 32)),
-            *(lambda tokens=tokens: prefill_cases(tokens) for tokens in (512, 1856, 3392)),
+        wanted = tuple(arguments.only) or ("",)
+        cases = chain(  # made one by one: all together would fill the memory
+            *(vision_cases(tiles) for tiles in (1, 7, 16)),
+            *(decode_cases(batch, 2048) for batch in (1, 8, 32)),
+            *(prefill_cases(tokens) for tokens in (512, 1856, 3392)),
         )
-        for group in groups:
-            wanted = tuple(arguments.only) or ("",)
-            rows += [measure_case(case, ceiling) for case in group() if case.name.startswith(wanted)]
+        rows = [measure_case(case, ceiling) for case in cases if case.name.startswith(wanted)]
     for row in rows:
         rate = f"{row['GB_per_s']:6.0f} GB/s   " if row["GB_per_s"] else f"{row['TFLOP_per_s']:6.0f} TFLOP/s"
         against = "".join(

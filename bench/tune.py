@@ -68,12 +68,12 @@ def _tile_attention(shape: Shape) -> Callable[[], object]:
 
 def _paged(shape: Shape, sequences: int, context: int, new_tokens: int) -> Callable[[], object]:
     kv_heads, pages = 8, context // 64
-    caches = [random(sequences * pages, 64, kv_heads, shape["head_dim"]) for _ in range(2)]
+    keys, values = (random(sequences * pages, 64, kv_heads, shape["head_dim"]) for _ in range(2))
     tables = torch.randperm(sequences * pages, device=DEVICE).view(sequences, pages).int()
     q = random(sequences * new_tokens, kv_heads * shape["group"], shape["head_dim"])
     borders = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE) * new_tokens
     lens = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
-    return lambda: paged_attention.paged_attention(q, *caches, tables, borders, lens, max_seqlen_q=new_tokens)
+    return lambda: paged_attention.paged_attention(q, keys, values, tables, borders, lens, max_seqlen_q=new_tokens)
 
 
 def _gemm_shapes(projections: Sequence[tuple[int, int]], rows: Sequence[int]) -> Iterator[Shape]:
@@ -135,8 +135,8 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 
 
-def tune(operation: str, shape: Shape, arch: Arch) -> dict[str, Any]:
-    """A table row: the fastest candidate at a shape, with the milliseconds of all that run on this GPU."""
+def tune(operation: str, shape: Shape, arch: Arch) -> dict[str, Any] | None:
+    """A table row: the fastest candidate at a shape, with the milliseconds of all that run here; None if none does."""
     spec = OPERATIONS[operation]
     run = spec.make(shape)
     contenders: dict[str, Callable[[], object]] = {}
@@ -152,7 +152,9 @@ def tune(operation: str, shape: Shape, arch: Arch) -> dict[str, Any]:
             tqdm.write(f"{operation} {dict(shape)}: {choice} does not run here: {error}")
             continue
         contenders[json.dumps(choice)] = with_choice
-    timings = compare(contenders, device=DEVICE)
+    if not contenders:
+        return None
+    timings = compare(contenders, device=DEVICE, cold_cache=True, hide_launch=True)
     fastest = min(timings, key=lambda name: timings[name].median)
     milliseconds = sorted((timing.median, name) for name, timing in timings.items())
     return {
@@ -178,12 +180,12 @@ def main() -> None:
     for name in arguments.only:
         with torch.inference_mode():
             shapes = tqdm(OPERATIONS[name].shapes, desc=name, disable=None)
-            operations[name] = [tune(name, shape, target.arch) for shape in shapes]
-        for row in operations[name]:
-            print(f"{name:16} {row['shape']}  {row['ms']:8.3f} ms  {row['choice']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    origin = {"origin": "measured", "environment": environment(), "operations": operations}
-    path.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+            operations[name] = [row for shape in shapes if (row := tune(name, shape, target.arch)) is not None]
+        for measured in operations[name]:
+            print(f"{name:16} {measured['shape']}  {measured['ms']:8.3f} ms  {measured['choice']}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {"origin": "measured", "environment": environment(), "operations": operations}
+        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 

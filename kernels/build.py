@@ -177,7 +177,9 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         compiled = compile_launch(Launch(kernel, **values), request["arch"])
     except Exception as error:  # whatever a compiler raises for a kernel it does not like
-        return {"faults": [f"it does not compile: {''.join(traceback.format_exception_only(error)).strip()}"]}
+        # Triton shows the source above its message.
+        reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        return {"faults": [f"it does not compile: {reason}"]}
     assert compiled.resources is not None
     return {name: value for name, value in vars(compiled).items() if name not in ("launch", "arch")} | {
         "cubin": base64.b64encode(compiled.cubin).decode(),

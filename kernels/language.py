@@ -16,10 +16,13 @@ try:
 except ImportError:  # the base install runs on a CPU, where no kernel is ever launched
 
     class _NoTriton:
-        """Stands for `triton.language` in annotations; kernel bodies are never run without Triton."""
+        """Stands for `triton.language` in annotations and constants; kernel bodies are never run without Triton."""
 
         def __getattr__(self, name: str) -> None:
             return None
+
+        def constexpr(self, value: Any) -> Any:
+            return value
 
     tl = _NoTriton()
 else:

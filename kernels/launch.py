@@ -1,6 +1,5 @@
 """One way to launch a Triton kernel: from a kernel pack, through Triton's compiler or interpreter, or only recorded."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,13 +43,11 @@ def launch(
         return
     if kernel.triton is None:
         raise RuntimeError(f"the kernel pack has no {wanted.key}, and Triton is not installed")
-    _prepare_triton()
     with torch.cuda.device(device):
-        options = compiler_options(wanted)
-        kernel.triton[grid](*args, **constants, **options)
+        triton.set_allocator(_scratch)  # in a context variable: every thread begins without
+        kernel.triton[grid](*args, **constants, **compiler_options(wanted))
 
 
-@cache
-def _prepare_triton() -> None:
-    """Tensor descriptors made on the device need a little memory for each program: take it from torch."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """What tensor descriptors made on the device need of memory, a little for each program."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from .dispatch import Arch
 from .signature import Argument, Launch
 
 INDEX = "index.json"
+SMALLEST_SHARED = 99 * 1024  # bytes a CTA, of the 8.6 and 8.9 whose binaries are an A100's
 REMEDY = "build it anew with `vitrail build-kernels`, or delete it"
 
 
@@ -105,7 +105,6 @@ def write_pack(folder: Path, compiled: Iterable[Compiled], triton_version: str) 
             hidden_parameters=binary.hidden_parameters,
         )
     index = {
-        "vitrail": metadata.version("vitrail"),
         "triton": triton_version,
         "sources": sources_digest(),
         "binaries": {
@@ -149,9 +148,15 @@ def _load(index: int, launch: Launch) -> "Binary | None":
     assert target is not None
     for pack in packs():
         entry = pack.binaries.get(target.arch, {}).get(launch.key)
-        if entry is not None:
+        if entry is not None and _fits(entry, target.arch, index):
             return Binary(pack.folder / entry.file, entry, launch, index)
     return None
+
+
+def _fits(entry: Entry, arch: Arch, index: int) -> bool:
+    """Whether a GPU runs a binary: one made for its major version, with no more shared memory than it has."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return arch == f"sm_{major}0" and (minor == 0 or entry.shared <= SMALLEST_SHARED)
 
 
 @cache

@@ -24,7 +24,7 @@ from .launch import launch
 
 NARROWEST = 16  # rows or columns of a tensor core's instruction, and so of a block
 MAX_SPLITS = 64  # of one sequence: what the joining kernel holds in registers
-NEVER: tl.constexpr = -1e30  # below any score, and finite: the difference of two is 0 where that of infinities is NaN
+NEVER = tl.constexpr(-1e30)  # below any score, and finite: the difference of two is 0 where that of infinities is NaN
 
 
 def _prefill(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Choice:
@@ -81,7 +81,7 @@ def _keys_and_values(
         k_ptr += first
         v_ptr += first
     else:
-        slots = pages.to(tl.int64) * PAGE + (start + tokens) % PAGE
+        slots = pages.to(tl.int64) * PAGE + tokens % PAGE  # a block begins with a page
         offsets = (slots * slot_stride)[:, None] + columns[None, :]
     if not FULL:
         there = (start + tokens < context)[:, None] & (columns < HEAD_DIM)[None, :]
@@ -260,8 +260,8 @@ def paged_attention(
     """softmax(q k^T / sqrt(d)) v of packed sequences, causal. Returns q's shape, contiguous.
 
     q: (num_tokens, heads, d), the new tokens of all sequences one after the other; query head h reads KV head
-    h // (heads / kv_heads). k_cache, v_cache: (num_blocks, block_size, kv_heads, d), contiguous on a GPU, elsewhere
-    with evenly spaced slots; block_size a power of two.
+    h // (heads / kv_heads). k_cache, v_cache: (num_blocks, block_size, kv_heads, d), contiguous on a GPU, block_size a
+    power of two; on a CPU with evenly spaced slots, best with the tokens of each head together, kv_heads outermost.
     block_tables: (num_seqs, max_blocks) int32, the blocks of each sequence in order, anything behind the last it needs.
     cu_seqlens_q: (num_seqs + 1,) int32 from 0 to num_tokens; sequence i has the tokens cu_seqlens_q[i] ..
     cu_seqlens_q[i + 1]. context_lens: (num_seqs,) int32, its keys, those of the new tokens being the last; without any,

@@ -272,7 +272,7 @@ def doctor(as_json: AsJson = False) -> None:
         for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
     extras = {
-        "cuda": ("triton", "cuda-python"),
+        "cuda": ("triton", "cuda-python", "cuda-core"),
         "quant": ("bitsandbytes",),
         "export": ("onnx", "onnxscript", "onnxruntime"),
         "tensorrt": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),

@@ -225,6 +225,7 @@ def _contrastive(config: ContrastiveConfig, dtype: torch.dtype) -> None:
             model.begin_caption(features, token_ids, cache)
             cache.used = length - 1
             model.continue_caption(token_ids[:, 0], cache)
+    _sampling(llm.vocab_size)  # captions
 
 
 def _tiles(count: int, side: int) -> Tensor:

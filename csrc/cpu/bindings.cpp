@@ -63,11 +63,19 @@ struct Block {
   int pixel_bytes;
 };
 
+template <typename T>
+const T* arrow_struct(const py::handle& capsule, const char* name) {
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), name);
+  if (pointer == nullptr) throw py::error_already_set();
+  return static_cast<const T*>(pointer);
+}
+
 // What Pillow exports of an RGB image whose rows are contiguous: its own memory, a padding byte
 // behind each pixel.
 Block arrow_block(const py::tuple& exported, int width) {
-  const auto* schema = py::cast<py::capsule>(exported[0]).get_pointer<ArrowSchema>();
-  const auto* array = py::cast<py::capsule>(exported[1]).get_pointer<ArrowArray>();
+  if (exported.size() != 2) throw std::invalid_argument("an Arrow block is a schema and an array");
+  const auto* schema = arrow_struct<ArrowSchema>(exported[0], "arrow_schema");
+  const auto* array = arrow_struct<ArrowArray>(exported[1], "arrow_array");
   if (std::strcmp(schema->format, "+w:4") != 0 || schema->num_children != 1 ||
       std::strcmp(schema->children[0]->format, "C") != 0) {
     throw std::invalid_argument("an Arrow block must hold lists of four uint8");

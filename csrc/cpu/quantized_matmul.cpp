@@ -13,8 +13,9 @@
 namespace vitrail {
 namespace {
 
-constexpr int kMaxRows = 240;               // rounded activations that wait at a time
-constexpr int64_t kChunkBytes = 256 << 10;  // weights that stay in a level-2 cache for all rows
+constexpr int kMaxRows = 240;                // rounded activations that wait at a time
+constexpr int64_t kChunkBytes = 256 << 10;   // weights that stay in a level-2 cache for all rows
+constexpr int64_t kThreadBytes = 128 << 10;  // weights that are worth another thread
 constexpr int kChunksPerThread = 4;  // so that a thread that is held up leaves work to others
 
 const MatmulKernels& kernels_of(Isa isa) {
@@ -148,6 +149,8 @@ void quantized_matmul(const QuantizedWeight& weight, const void* x, int64_t rows
   const int panels = weight.num_panels();
   const int64_t panel_bytes =
       static_cast<int64_t>(weight.num_groups()) * weight.steps_per_group() * kPanel * 4;
+  const int64_t work = panels * panel_bytes * (rows / kernels.block_rows + 1);
+  threads = static_cast<int>(std::min<int64_t>(threads, work / kThreadBytes + 1));
   const int64_t by_size = panels * panel_bytes / kChunkBytes;
   const int64_t by_threads = threads > 1 ? static_cast<int64_t>(threads) * kChunksPerThread : 1;
   const int64_t chunks = std::min<int64_t>(panels, std::max(by_size, by_threads));

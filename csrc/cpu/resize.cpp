@@ -15,6 +15,8 @@ namespace {
 constexpr int kBandRows = TileResizer::kBandRows;
 constexpr int kMaxStripWidth = 224;  // its buffers fit into a level-2 cache; a tile makes two
 
+constexpr int kSlack = 4;  // bytes behind a buffer of quads: 12 are written as 16
+
 int quads_of(int pixels) { return pixels / 4 + (pixels % 4 != 0); }
 
 double bicubic(double x) {
@@ -49,10 +51,10 @@ struct TileResizer::Axis {
   struct Window {
     int first_quad, num_quads;
     int end;  // behind the last source pixel
-    size_t words_at;
   };
   std::vector<Window> windows;
-  std::vector<uint32_t> words;
+  int max_quads = 0;
+  std::vector<uint32_t> words;  // [window][max_quads][kQuadWords], zero behind a window's quads
 
   // Operation for operation what Pillow computes, down to the length in single precision: every
   // bit depends on it.
@@ -61,33 +63,42 @@ struct TileResizer::Axis {
     const double filter_scale = std::max(scale, 1.0);
     const double support = 2.0 * filter_scale;
     const double inverse = 1.0 / filter_scale;
+    const auto center = [&](int i) { return (i + 0.5) * scale; };
+    const auto begin = [&](int i) {
+      return std::max(static_cast<int>(center(i) - support + 0.5), 0);
+    };
+    for (int i = 0; i < size; ++i) {
+      const int end = std::min(static_cast<int>(center(i) + support + 0.5), source);
+      const int first_quad = begin(i) / 4;
+      windows.push_back({first_quad, quads_of(end) - first_quad, end});
+      max_quads = std::max(max_quads, windows.back().num_quads);
+    }
+    words.resize(static_cast<size_t>(size) * max_quads * kQuadWords);
     std::vector<double> weights;
     std::vector<int32_t> fixed;
     for (int i = 0; i < size; ++i) {
-      const double center = (i + 0.5) * scale;
-      const int begin = std::max(static_cast<int>(center - support + 0.5), 0);
-      const int end = std::min(static_cast<int>(center + support + 0.5), source);
+      const Window& window = windows[i];
       weights.clear();
       double total = 0.0;
-      for (int pixel = begin; pixel < end; ++pixel) {
-        weights.push_back(bicubic((pixel - center + 0.5) * inverse));
+      for (int pixel = begin(i); pixel < window.end; ++pixel) {
+        weights.push_back(bicubic((pixel - center(i) + 0.5) * inverse));
         total += weights.back();
       }
-      const int quad = begin / 4;
-      const int quads = quads_of(end) - quad;
-      fixed.assign(static_cast<size_t>(quads) * 4, 0);
-      for (int pixel = begin; pixel < end; ++pixel) {
-        const double weight = weights[pixel - begin] / (total != 0.0 ? total : 1.0);
-        fixed[pixel - 4 * quad] =
+      fixed.assign(static_cast<size_t>(window.num_quads) * 4, 0);
+      for (int pixel = begin(i); pixel < window.end; ++pixel) {
+        const double weight = weights[pixel - begin(i)] / (total != 0.0 ? total : 1.0);
+        fixed[pixel - 4 * window.first_quad] =
             static_cast<int32_t>((weight < 0 ? -0.5 : 0.5) + weight * (1 << kWeightBits));
       }
-      windows.push_back({quad, quads, end, words.size()});
-      words.resize(words.size() + static_cast<size_t>(quads) * kQuadWords);
-      for (int q = 0; q < quads; ++q) {
-        kernels.pack(&fixed[static_cast<size_t>(q) * 4],
-                     &words[windows.back().words_at + static_cast<size_t>(q) * kQuadWords]);
+      for (int q = 0; q < window.num_quads; ++q) {
+        const size_t at = static_cast<size_t>(i) * max_quads + q;
+        kernels.pack(&fixed[static_cast<size_t>(q) * 4], &words[at * kQuadWords]);
       }
     }
+  }
+
+  const uint32_t* words_of(int i) const {
+    return &words[static_cast<size_t>(i) * max_quads * kQuadWords];
   }
 };
 
@@ -110,47 +121,48 @@ class TileResizer::AcrossPass {
   AcrossPass(const Axis& axis, const ResizeKernels& kernels, int begin, int end)
       : axis_(axis), kernels_(kernels), begin_(begin), end_(end) {
     first_quad_ = axis.windows[begin].first_quad;
-    int end_quad = 0;
+    int last_quad = first_quad_;
     for (int x = begin; x < end; ++x) {
-      const Axis::Window& window = axis.windows[x];
-      first_quad_ = std::min(first_quad_, window.first_quad);
-      end_quad = std::max(end_quad, window.first_quad + window.num_quads);
+      first_quad_ = std::min(first_quad_, axis.windows[x].first_quad);
+      last_quad = std::max(last_quad, axis.windows[x].first_quad);
     }
-    num_quads_ = end_quad - first_quad_;
-    bands_.resize(static_cast<size_t>(num_quads_ + 1) * kQuadBytes);
+    num_quads_ = last_quad + axis.max_quads - first_quad_;
+    bands_.resize(static_cast<size_t>(num_quads_ + 1) * kQuadBytes + kSlack);
     for (int q = 0; q < num_quads_; ++q) {
       quads_.push_back(&bands_[static_cast<size_t>(q) * kQuadBytes]);
     }
-    resized_.resize(static_cast<size_t>(end - begin) * kPixelBytes + 4);
+    resized_.resize(static_cast<size_t>(end - begin) * kPixelBytes + kSlack);
   }
 
   int first_pixel() const { return 4 * first_quad_; }
   int end_pixel() const { return 4 * (first_quad_ + num_quads_); }
 
-  // From rows of `width` pixels, the first of which is first_pixel(), to [column][kBandRows][3].
-  // What is in the rows behind `num_rows` is undefined. 4 bytes behind the end may be read.
+  // From rows of `width` pixels, the first of which is first_pixel(), to [column][kBandRows][3],
+  // with kSlack bytes behind that may be read. What is in rows behind `num_rows` is undefined.
   const uint8_t* run(const uint8_t* pixels, ptrdiff_t row_bytes, int num_rows, int width,
                      int pixel_bytes) {
-    // A row's last two to five pixels take a way round, as two quads: 16 bytes from the start of
-    // their quads may not be ours to read.
+    // The last two to five pixels of the rows take a way round, as two quads: 16 bytes from where
+    // their quads start may not be ours to read.
     const int whole = std::max(0, std::min(num_quads_, (width - 2) / 4));
     const int quad_bytes = 4 * pixel_bytes;
-    for (int row = 0; row < num_rows; ++row) {
-      const uint8_t* in = pixels + row * row_bytes;
-      uint8_t* out = &bands_[row * 12];
-      kernels_.interleave(out, kQuadBytes, in, quad_bytes, whole, pixel_bytes);
-      if (whole == num_quads_) continue;
-      uint8_t rest[48] = {};
+    kernels_.interleave(bands_.data(), kQuadBytes, pixels, quad_bytes, whole, row_bytes, num_rows,
+                        pixel_bytes);
+    if (whole < num_quads_) {
+      uint8_t rest[kBandRows][48] = {};
       const size_t rest_pixels = std::min(width - 4 * whole, 8);
-      std::memcpy(rest, in + static_cast<size_t>(whole) * quad_bytes, rest_pixels * pixel_bytes);
-      kernels_.interleave(out + static_cast<size_t>(whole) * kQuadBytes, kQuadBytes, rest,
-                          quad_bytes, 2, pixel_bytes);
+      for (int row = 0; row < num_rows; ++row) {
+        std::memcpy(rest[row],
+                    pixels + row * row_bytes + static_cast<ptrdiff_t>(whole) * quad_bytes,
+                    rest_pixels * pixel_bytes);
+      }
+      kernels_.interleave(&bands_[static_cast<size_t>(whole) * kQuadBytes], kQuadBytes, rest[0],
+                          quad_bytes, 2, sizeof(rest[0]), num_rows, pixel_bytes);
     }
     for (int x = begin_; x < end_; ++x) {
-      const Axis::Window& window = axis_.windows[x];
+      // As many quads for every column: a loop of varying length is mispredicted most of the time.
       kernels_.weigh(&resized_[static_cast<size_t>(x - begin_) * kPixelBytes],
-                     &quads_[window.first_quad - first_quad_], window.num_quads,
-                     &axis_.words[window.words_at], num_rows * 3);
+                     &quads_[axis_.windows[x].first_quad - first_quad_], axis_.max_quads,
+                     axis_.words_of(x), num_rows * 3);
     }
     return resized_.data();
   }
@@ -173,18 +185,19 @@ class TileResizer::AcrossPass {
 class TileResizer::DownPass {
  public:
   DownPass(const Axis& axis, const ResizeKernels& kernels, int width)
-      : axis_(axis), kernels_(kernels), width_(width) {
-    slots_ = 0;
-    for (const Axis::Window& window : axis.windows) slots_ = std::max(slots_, window.num_quads);
-    slots_ += kBandRows / 4;
-    rows_.resize(static_cast<size_t>(slots_) * width * 12);
+      : axis_(axis),
+        kernels_(kernels),
+        width_(width),
+        slots_(axis.max_quads + kBandRows / 4),
+        slot_bytes_((static_cast<size_t>(width) * 12 + kSlack + 63) / 64 * 64) {
+    rows_.resize(slots_ * slot_bytes_);
     for (int slot = 0; slot < 2 * slots_; ++slot) {  // twice: the quads of a window stand in a line
-      quads_.push_back(&rows_[static_cast<size_t>(slot % slots_) * width * 12]);
+      quads_.push_back(&rows_[slot % slots_ * slot_bytes_]);
     }
   }
 
-  // Where the four rows from `row` on are to be put: [pixel][12].
-  uint8_t* quad(int row) { return &rows_[static_cast<size_t>(row / 4 % slots_) * width_ * 12]; }
+  // Where the four rows from `row` on are to be put: [pixel][12], and kSlack bytes.
+  uint8_t* quad(int row) { return &rows_[row / 4 % slots_ * slot_bytes_]; }
 
   // The next output row, -1 where its source rows have not all come yet, or none is left.
   int next(int rows_fed) const {
@@ -194,16 +207,18 @@ class TileResizer::DownPass {
   }
 
   void write_next(uint8_t* out) {
-    const Axis::Window& window = axis_.windows[next_++];
+    const Axis::Window& window = axis_.windows[next_];
     kernels_.weigh(out, &quads_[window.first_quad % slots_], window.num_quads,
-                   &axis_.words[window.words_at], width_ * 3);
+                   axis_.words_of(next_), width_ * 3);
+    ++next_;
   }
 
  private:
   const Axis& axis_;
   const ResizeKernels& kernels_;
-  const int width_;
-  int slots_, next_ = 0;
+  const int width_, slots_;
+  const size_t slot_bytes_;
+  int next_ = 0;
   std::vector<uint8_t> rows_;          // [row quad % slots_][pixel][12]
   std::vector<const uint8_t*> quads_;  // into it
 };
@@ -234,7 +249,7 @@ class TileResizer::Strip {
       const uint8_t* resized =
           across_.run(in, row_bytes, num_rows, width - across_.first_pixel(), pixel_bytes);
       for (int quad_row = 0; quad_row < num_rows; quad_row += 4) {
-        kernels_.interleave(down_.quad(row + quad_row), 12, resized + quad_row * 3,
+        kernels_.interleave(down_.quad(row + quad_row), 0, resized + quad_row * 3, 0, 1,
                             AcrossPass::kPixelBytes, end_ - begin_, 3);
       }
       for (int y; (y = down_.next(row + num_rows)) >= 0;) down_.write_next(canvas_.at(begin_, y));

@@ -81,39 +81,36 @@ void weigh(uint8_t* out, const uint8_t* const* quads, int num_quads, const uint3
   }
 }
 
-void store_12(uint8_t* out, __m128i quad) {
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), quad);
-  const int blue = _mm_extract_epi32(quad, 2);
-  std::memcpy(out + 8, &blue, 4);
-}
-
 // The order of bytes that makes a quad of four pixels.
 __m128i quad_order(int pixel_bytes) {
   return pixel_bytes == 3 ? _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1)
                           : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, -1, -1, -1, -1);
 }
 
-void interleave(uint8_t* out, ptrdiff_t out_step, const uint8_t* in, ptrdiff_t in_step, int count,
-                int pixel_bytes) {
+}  // namespace
+
+void interleave_avx2(uint8_t* out, ptrdiff_t out_step, const uint8_t* in, ptrdiff_t in_step,
+                     int count, ptrdiff_t row_step, int rows, int pixel_bytes) {
   const __m128i order = quad_order(pixel_bytes);
   for (; count > 0; --count, out += out_step, in += in_step) {
-    const __m128i pixels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
-    store_12(out, _mm_shuffle_epi8(pixels, order));
+    for (int row = 0; row < rows; ++row) {  // each overwrites what the one before wrote too much
+      const auto* pixels = reinterpret_cast<const __m128i*>(in + row * row_step);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 12 * row),
+                       _mm_shuffle_epi8(_mm_loadu_si128(pixels), order));
+    }
   }
 }
 
-void interleave_rows(uint8_t* out, const uint8_t* const rows[4], int count, int pixel_bytes) {
+void interleave_rows_avx2(uint8_t* out, const uint8_t* const rows[4], int count, int pixel_bytes) {
   const __m128i order = quad_order(4);
   for (int i = 0; i < count; ++i, out += 12) {
     int pixels[4];
     for (int row = 0; row < 4; ++row) std::memcpy(&pixels[row], rows[row] + i * pixel_bytes, 4);
     const __m128i four = _mm_setr_epi32(pixels[0], pixels[1], pixels[2], pixels[3]);
-    store_12(out, _mm_shuffle_epi8(four, order));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(four, order));
   }
 }
 
-}  // namespace
-
-const ResizeKernels kResizeAvx2{pack, weigh, interleave, interleave_rows};
+const ResizeKernels kResizeAvx2{pack, weigh, interleave_avx2, interleave_rows_avx2};
 
 }  // namespace vitrail

@@ -33,11 +33,13 @@ void pack_plain(const int32_t weights[4], uint32_t words[kQuadWords]) {
 }
 
 void interleave_plain(uint8_t* out, ptrdiff_t out_step, const uint8_t* in, ptrdiff_t in_step,
-                      int count, int pixel_bytes) {
+                      int count, ptrdiff_t row_step, int rows, int pixel_bytes) {
   for (; count > 0; --count, out += out_step, in += in_step) {
-    for (int channel = 0; channel < 3; ++channel) {
-      for (int pixel = 0; pixel < 4; ++pixel) {
-        out[4 * channel + pixel] = in[pixel_bytes * pixel + channel];
+    for (int row = 0; row < rows; ++row) {
+      for (int channel = 0; channel < 3; ++channel) {
+        for (int pixel = 0; pixel < 4; ++pixel) {
+          out[12 * row + 4 * channel + pixel] = in[row * row_step + pixel_bytes * pixel + channel];
+        }
       }
     }
   }

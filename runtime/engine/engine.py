@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..errors import InvalidRequestError, VitrailError
+from ..errors import CapacityError, InvalidRequestError, VitrailError
 from ..layers.kv_cache import BLOCK_SIZE
 from ..layers.rotary import inverse_frequencies
 from ..models.internvl import InternVLModel
@@ -58,6 +58,9 @@ class Engine:
         self.max_blocks = _memory_for_cache(self.device, gpu_memory_utilization) // block_bytes
         self.blocks = BlockManager(0, BLOCK_SIZE)
         if self.device.type == "cuda":  # elsewhere memory is taken as requests need it
+            self.max_blocks = min(self.max_blocks, max_num_seqs * self.blocks.blocks_for(max_model_len))
+            if not self.max_blocks:
+                raise CapacityError(f"{self.device}: the weights leave no memory for keys and values")
             self._grow_cache(self.max_blocks)
         self.waiting: deque[Request] = deque()
         self.running: list[tuple[Request, Sequence]] = []
@@ -100,6 +103,11 @@ class Engine:
             for index in range(config.n)
         ]
         planned = prompt_length + budget
+        if self.device.type == "cuda" and config.n * self.blocks.blocks_for(planned) > self.max_blocks:
+            raise CapacityError(
+                f"{config.n} answers to a prompt of {prompt_length} tokens may come to {config.n * planned} tokens of "
+                f"keys and values; {self.max_blocks * BLOCK_SIZE} fit the memory of {self.device}"
+            )
         inv_freq = inverse_frequencies(self.config.llm, planned).to(self.device)
         now = perf_counter()
         request = Request(request_id, prepared, config, sequences, planned, inv_freq, now, preprocess_ms)
@@ -353,6 +361,7 @@ class Engine:
 def _memory_for_cache(device: torch.device, gpu_memory_utilization: float) -> int:
     """Bytes that keys and values may take beside what is loaded already: on a CPU half of what is available."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading and warming up have freed counts as free
         free, total = torch.cuda.mem_get_info(device)
         return max(0, free - int((1 - gpu_memory_utilization) * total))
     try:

@@ -1,12 +1,13 @@
 """CUDA graphs of the two halves: the vision half by number of tiles, the decoder's step by number of sequences.
 
 A graph replays its kernels without the host, on the same memory: inputs are copied into buffers that it reads, and
-results stay valid until its next replay. Other sizes are composed of captured ones (tiles) or padded (sequences).
+results stay valid until the next replay of any graph, since all share their memory. Other sizes are composed of
+captured ones (tiles) or padded (sequences).
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -29,23 +30,27 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.num_bytes = 0
-        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
         """A replay of `run`, which must read and write the same tensors every time and never wait for the GPU."""
-        torch.cuda.synchronize(self.device)
-        free, _ = torch.cuda.mem_get_info(self.device)
-        # Libraries choose their kernels and take their workspaces in the first calls, which must not be captured.
-        side = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
-        torch.cuda.synchronize(self.device)
-        self.num_bytes += max(0, free - torch.cuda.mem_get_info(self.device)[0])
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            free, _ = torch.cuda.mem_get_info()
+            # Libraries choose their kernels and take their workspaces in the first calls, which must not be captured;
+            # workspaces belong to a stream, so that all captures share one.
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):
+                    run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = run()
+            torch.cuda.synchronize()
+            self.num_bytes += max(0, free - torch.cuda.mem_get_info()[0])
 
         def replay() -> Tensor:
             graph.replay()
@@ -78,9 +83,7 @@ class VisionGraphs:
         shape = (self.counts[-1], tile_size, tile_size, 3)
         self._tiles = torch.zeros(shape, dtype=torch.uint8, device=device)
         # The largest first: the smaller ones then live in the memory that it left in the pool.
-        self._replays = {
-            count: capture(lambda tiles=self._tiles[:count]: encode(tiles)) for count in reversed(self.counts)
-        }
+        self._replays = {count: capture(partial(encode, self._tiles[:count])) for count in reversed(self.counts)}
 
     def __call__(self, tiles: Tensor) -> Tensor:
         """tiles: (n, tile_size, tile_size, 3) uint8, on any device. Returns (n, tokens_per_tile, llm hidden)."""
@@ -133,7 +136,7 @@ class DecodeGraphs:
         self._replays = {size: capture_size(size) for size in reversed(self.sizes)}
 
     def __call__(self, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, kv: KVBatch) -> Tensor:
-        """Logits (n, vocab) of one step, valid until the next."""
+        """Logits (n, vocab) of one step, valid until the next replay."""
         count = token_ids.shape[0]
         size = self.sizes[bisect_left(self.sizes, count)]
         self._token_ids[:count].copy_(token_ids, non_blocking=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.dispatch import cuda_target
 from ..layers.kv_cache import KVBatch, KVCache
 from ..models.internvl import InternVLModel
 from .graphs import TILE_COUNTS, CudaCapture, DecodeGraphs, VisionGraphs
@@ -26,7 +27,9 @@ class Runner:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self.capture = CudaCapture(self.device) if self.device.type == "cuda" and not enforce_eager else None
+        # Plain torch, which older GPUs run, asks the host for numbers, and that cannot be captured.
+        graphed = self.device.type == "cuda" and not enforce_eager and cuda_target(self.device) is not None
+        self.capture = CudaCapture(self.device) if graphed else None
         self.cache: KVCache | None = None
         self._vision: VisionGraphs | None = None
         self._decode: DecodeGraphs | None = None

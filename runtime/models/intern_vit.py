@@ -5,6 +5,7 @@ There is no norm after the last block. Parameter names are the checkpoint's.
 
 from collections.abc import Collection
 from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -140,8 +141,8 @@ class InternViT(nn.Module):
         """Outputs of the blocks asked for, 1-based; 0 is the embeddings. Stops after the deepest one."""
         x = self.embeddings(tiles)
         states = {0: x} if 0 in layers else {}
-        blocks = self.encoder.layers[: max(layers)]
-        normed = blocks[0].norm1(x) if len(blocks) else x
+        blocks = cast(list[Block], list(self.encoder.layers[: max(layers)]))
+        normed = blocks[0].norm1(x) if blocks else x
         for index, (block, following) in enumerate(zip_longest(blocks, blocks[1:]), start=1):
             x, branch = block(x, normed)
             if following is not None:

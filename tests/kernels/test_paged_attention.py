@@ -268,10 +268,13 @@ def test_a_sequence_gets_in_a_batch_what_it_gets_alone(any_device) -> None:
 
 
 @pytest.mark.parametrize("new", [1, 3])
-def test_scores_may_be_larger_than_an_exponential_can_hold(any_device, new) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_may_be_beyond_what_an_exponential_can_hold(any_device, new, sign) -> None:
     batch = Batch.of([(new, 40)], heads=2, kv_heads=1, d=16, page=16, dtype=torch.float16, device=any_device)
+    keys, values = batch.caches
+    loud = replace(batch, q=batch.q.abs() * sign * 200, caches=(keys.abs(), values), keys=[k.abs() for k in batch.keys])
     with dispatch.override("paged_decode", decoding()):
-        replace(batch, q=batch.q * 200).check()
+        loud.check()
 
 
 def recorded(num_seqs: int, max_blocks: int) -> list[str]:

@@ -229,8 +229,13 @@ def test_blocks_of_another_layout_are_refused():
     for other in (Image.new("L", (8, 32)), Image.new("F", (8, 32))):
         with pytest.raises(ValueError, match="four uint8"):
             feed(other.__arrow_c_array__())
+    exported = Image.new("RGB", (9, 15)).__arrow_c_array__()
     with pytest.raises(ValueError, match="whole rows of 8 pixels"):
-        feed(Image.new("RGB", (9, 15)).__arrow_c_array__())
+        feed(exported)
+    with pytest.raises(ValueError, match="incorrect name"):
+        feed(exported[::-1])
+    with pytest.raises(ValueError, match="a schema and an array"):
+        feed(exported[:1])
 
 
 def test_tiles_grids_and_instruction_sets_are_checked():
