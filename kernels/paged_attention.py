@@ -404,9 +404,8 @@ def paged_attention_reference(
     _, block_size, kv_heads, _ = k_cache.shape
     keys, values = (cache.view(1, -1, kv_heads, head_dim).transpose(1, 2) for cache in (k_cache, v_cache))
     decoding = max_seqlen_q == 1 and num_tokens == len(context_lens)
-    if (
-        decoding
-    ):  # the queries of a KV head attend as if they were its tokens: keys are read once, and nothing is masked
+    if decoding:
+        # The queries of a KV head attend as if they were its tokens: keys are read once, and nothing is masked.
         queries = q.reshape(num_tokens, 1, kv_heads, heads // kv_heads, head_dim).unbind()
     else:
         queries = q.unsqueeze(0).split([end - start for start, end in pairwise(cu_seqlens_q.tolist())], dim=1)

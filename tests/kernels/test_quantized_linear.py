@@ -177,7 +177,7 @@ def test_every_number_of_rows_gives_each_row_its_own_result(bits: int, isa: str)
 @every_isa
 @pytest.mark.parametrize("bits", [8, 4])
 def test_threads_change_nothing(bits: int, isa: str, threads: None) -> None:
-    x, packed = random(37, 64), PackedWeight(codes(1000, 64, bits), scales(1000, 2), None, bits)
+    x, packed = random(37, 256), PackedWeight(codes(1000, 256, bits), scales(1000, 2), None, bits)
     torch.set_num_threads(1)
     expected = packed.linear(x, None, isa)
     for count in (2, 3, 7):
@@ -268,8 +268,8 @@ def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
 @needs_extension
 def test_python_threads_can_multiply_at_the_same_time(threads: None) -> None:
     torch.set_num_threads(3)
-    packed = PackedWeight(codes(300, 64, 8), scales(300, 1), None, 8)
-    inputs = [random(5, 64, seed=seed) for seed in range(4)]
+    packed = PackedWeight(codes(600, 512, 8), scales(600, 1), None, 8)
+    inputs = [random(5, 512, seed=seed) for seed in range(4)]
     expected = [packed.linear(x, None) for x in inputs]
     wrong: list[int] = []
 
@@ -290,12 +290,12 @@ def test_python_threads_can_multiply_at_the_same_time(threads: None) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_can_multiply_with_threads() -> None:
     code = (
-        "import os, numpy as np; from vitrail._cpu import Weight; x = np.ones((2, 64), np.float32); "
-        "w = Weight(np.full((20, 16, 16, 4), 129, np.uint8), np.ones((20, 1, 16), np.float32), None, "
-        "bits=8, outputs=320, inputs=64, group=64); y = np.empty((2, 320), np.float32); "
+        "import os, numpy as np; from vitrail._cpu import Weight; x = np.ones((2, 1024), np.float32); "
+        "w = Weight(np.full((64, 256, 16, 4), 129, np.uint8), np.ones((64, 1, 16), np.float32), None, "
+        "bits=8, outputs=1024, inputs=1024, group=1024); y = np.empty((2, 1024), np.float32); "
         "w.multiply(x, None, y, threads=3); pid = os.fork(); y[:] = 0; w.multiply(x, None, y, threads=3); "
         "tasks = '/proc/self/task'; alone = os.path.exists(tasks) and len(os.listdir(tasks)) == 1; "
-        "wrong = alone or not np.allclose(y, 64); "
+        "wrong = alone or not np.allclose(y, 1024); "
         "os._exit(wrong) if pid == 0 else exit(wrong or os.waitpid(pid, 0)[1] != 0)"
     )
     done = subprocess.run(
