@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ...kernels.dispatch import simulation
 from ..config import DecoderConfig
 
 # Tokens of a block: one key block of the prefill kernel, and at most 63 tokens of waste in a sequence.
@@ -16,7 +17,8 @@ BLOCK_SIZE = 64
 class KVCache:
     """Keys and values of `num_blocks` blocks, all allocated at once; which sequence holds which is the caller's.
 
-    keys, values: (layers, num_blocks, block_size, kv_heads, head_dim). A token's slot is block * block_size + offset.
+    keys, values: (layers, num_blocks, block_size, kv_heads, head_dim), contiguous on a GPU. A token's slot is
+    block * block_size + offset.
     """
 
     def __init__(
@@ -28,9 +30,16 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        # A CPU reads the tokens of one head after the other: together they are, in neighbouring blocks, one matrix.
+        heads_first = device.type == "cpu" and simulation() is None
+        if heads_first:
+            shape = (layers, kv_heads, num_blocks, block_size, config.head_dim)
+        else:
+            shape = (layers, num_blocks, block_size, kv_heads, config.head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys = keys.permute(0, 2, 3, 1, 4) if heads_first else keys
+        self.values = values.permute(0, 2, 3, 1, 4) if heads_first else values
 
     @property
     def num_blocks(self) -> int:
