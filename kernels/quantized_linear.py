@@ -41,7 +41,7 @@ class PackedWeight:
         self.out_features, self.in_features = codes.shape
         groups = scales.shape[-1]
         self.group_size = self.in_features // groups if groups else 0
-        _check(codes, scales, zeros, self.group_size)
+        _check(codes, scales, zeros, bits, self.group_size)
         self._codes, self._scales, self._zeros = codes, scales.float(), zeros
         self._kernel = None
         if extension is not None:
@@ -67,16 +67,15 @@ class PackedWeight:
         if self._kernel is None:
             return _linear_reference(x, self._codes, self._scales, self._zeros, self.bits, bias)
         dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-        rows = x.detach().to(dtype).reshape(-1, self.in_features).contiguous()
-        y = torch.empty(len(rows), self.out_features, dtype=dtype)
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype)
         self._kernel.multiply(
-            _array(rows),
+            _rows(x.detach().to(dtype)),
             None if bias is None else bias.detach().float().contiguous().numpy(),
-            _array(y),
+            _rows(y),
             threads=torch.get_num_threads(),
             isa=isa,
         )
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> PackedWeight:
@@ -138,16 +137,18 @@ def _offset(weight: Tensor) -> Tensor:
     return weight.view(torch.uint8) ^ 128
 
 
-def _check(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> None:
+def _check(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> None:
     out_features, in_features = codes.shape
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"codes must be uint8, got {codes.dtype}")
+    if codes.dtype != torch.uint8 or int(codes.max()) >> bits:
+        raise ValueError(f"codes must be uint8 below {2**bits}, got {codes.dtype} up to {codes.max()}")
     if scales.dim() != 2 or len(scales) != out_features or group_size < 1 or in_features % scales.shape[1]:
         raise ValueError(f"scales {tuple(scales.shape)} do not fit a weight {tuple(codes.shape)}")
     if group_size % 8 and group_size != in_features:
         raise ValueError(f"group size {group_size} must be a multiple of 8 or all of {in_features} inputs")
     if zeros is not None and (zeros.shape != scales.shape or zeros.is_floating_point()):
         raise ValueError(f"zeros must be integers {tuple(scales.shape)}, got {zeros.dtype} {tuple(zeros.shape)}")
+    if zeros is not None and not 0 <= zeros.min() <= zeros.max() <= 255:
+        raise ValueError(f"zeros must lie in 0..255, they reach from {zeros.min()} to {zeros.max()}")
 
 
 def _pack_panels(values: Tensor) -> Tensor:
@@ -176,6 +177,7 @@ def _huge(shape: torch.Size) -> Tensor:
     return torch.from_numpy(memory[start : start + shape.numel()]).view(shape)
 
 
-def _array(x: Tensor) -> npt.NDArray[Any]:
-    """The same memory; NumPy has no bfloat16."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+def _rows(x: Tensor) -> npt.NDArray[Any]:
+    """(rows, channels) of the same memory, where it is contiguous. NumPy has no bfloat16."""
+    x = x.contiguous()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy().reshape(-1, x.shape[-1])

@@ -65,7 +65,7 @@ def test_the_links_between_documents_lead_somewhere(document: Path) -> None:
 
 def test_the_map_names_files_that_exist() -> None:
     words = re.findall(r"`([\w/.]+(?:/|\.py))`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
-    rooms = ("kernels", "runtime", "export", "bench", "tests", "tools", "examples")
+    rooms = ("kernels", "csrc", "runtime", "export", "bench", "tests", "tools", "examples")
     paths = [f"/{path.relative_to(ROOT)}" for room in rooms for path in [ROOT / room, *(ROOT / room).rglob("*")]]
     assert words
     assert [word for word in words if not any(path.endswith(f"/{word.rstrip('/')}") for path in paths)] == []

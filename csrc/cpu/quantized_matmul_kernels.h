@@ -71,9 +71,9 @@ void round_row(const Float* x, int num_groups, int group, int padded, int8_t* q,
     const bool finite = bits < 0x7f800000;
     const float largest = float_of(bits);
     scales[g] = largest < kTiny ? 0.0f : largest / 127.0f;  // not finite: times zero it is NaN
-    std::memset(q, 0, padded);
     int32_t sum = 0;
-    if (finite && largest >= kTiny) {
+    const bool rounds = finite && largest >= kTiny;
+    if (rounds) {
       const float inverse = 127.0f / largest;
       for (int i = 0; i < group; ++i) {
         const float scaled = float_of(bits_of(x[i])) * inverse;
@@ -82,6 +82,8 @@ void round_row(const Float* x, int num_groups, int group, int padded, int8_t* q,
         sum += rounded;
       }
     }
+    const int written = rounds ? group : 0;
+    std::memset(q + written, 0, padded - written);
     sums[g] = sum;
   }
 }

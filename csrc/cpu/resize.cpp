@@ -238,7 +238,7 @@ class TileResizer::Strip {
     if (canvas.grid.down_first) between_.resize(static_cast<size_t>(kBandRows) * seen_ * 3);
   }
 
-  // Up to kBandRows rows from `row` on, of `width` pixels from first_pixel() on.
+  // Up to kBandRows whole rows of `width` pixels, from `row` on.
   void feed(const uint8_t* pixels, ptrdiff_t row_bytes, int row, int num_rows, int width,
             int pixel_bytes, bool last) {
     const uint8_t* in = pixels + static_cast<ptrdiff_t>(across_.first_pixel()) * pixel_bytes;

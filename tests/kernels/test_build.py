@@ -48,7 +48,7 @@ def is_no_triton(x_ptr, B: tl.constexpr):
 DEADLY = """
 import os, sys
 from vitrail.kernels.language import kernel, tl
-if sys.argv[0] == "-c":
+if "serve()" in sys.orig_argv[-1]:
     os._exit(3)
 
 

@@ -261,8 +261,12 @@ def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
         pack_int4(codes(10, 64, 4), scales(10, 2), scales(10, 2))
     with pytest.raises(ValueError, match=r"must be int8, got torch\.uint8"):
         pack_int8(codes(10, 64, 8), scales(10, 1)[:, 0])
-    with pytest.raises(ValueError, match=r"codes must be uint8, got torch\.int32"):
+    with pytest.raises(ValueError, match=r"codes must be uint8 below 16, got torch\.int32"):
         pack_int4(codes(10, 64, 4).int(), scales(10, 2))
+    with pytest.raises(ValueError, match=r"uint8 below 16, got torch\.uint8 up to 16"):
+        pack_int4(torch.full((10, 64), 16, dtype=torch.uint8), scales(10, 2))
+    with pytest.raises(ValueError, match=r"zeros must lie in 0\.\.255, they reach from -1 to 0"):
+        pack_int4(codes(10, 64, 4), scales(10, 2), -codes(10, 2, 1).int())
 
 
 @needs_extension
