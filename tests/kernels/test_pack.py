@@ -21,13 +21,15 @@ import pytest
 import torch
 
 import vitrail.kernels
-from vitrail.kernels import dispatch, norm, pack
-from vitrail.kernels.build import Compiled
+from vitrail.kernels import dispatch, gemm, norm, pack
+from vitrail.kernels.build import Compiled, check, compile_launches
 from vitrail.kernels.language import Kernel
 from vitrail.kernels.launch import launch
 from vitrail.kernels.resources import Resources
 from vitrail.kernels.signature import Launch
 from vitrail.runtime.errors import UnsupportedError
+
+from .measure import random
 
 LaunchConfig = pytest.importorskip("cuda.core").LaunchConfig
 
@@ -395,6 +397,16 @@ def test_a_device_finds_only_binaries_of_its_architecture(driver, folder, monkey
     assert [cubin for cubin, _ in driver.loaded] == [b"hopper", b"ampere"]
 
 
+@pytest.mark.parametrize(("capability", "shared", "fits"), [((8, 6), 99 * 1024, True), ((8, 6), 99 * 1024 + 1, False)])
+def test_smaller_gpus_of_the_same_generation_take_what_fits_them(driver, folder, monkeypatch, capability, shared, fits):
+    x = torch.ones(8)
+    binary = replace(compiled(scale_recorded(x, x), resources=replace(RESOURCES, shared=shared)), arch="sm_80")
+    pack.write_pack(folder, [binary], "3.9.0")
+    monkeypatch.setattr(dispatch, "cuda_target", lambda device: dispatch.A100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert (pack.find(torch.device("cuda", 0), binary.launch) is not None) == fits
+
+
 def test_building_again_adds_to_a_pack_and_replaces_one_of_another_triton(folder) -> None:
     x = torch.ones(8)
     launches = [scale_recorded(x, x, num_warps=warps) for warps in (1, 2, 4)]
@@ -458,3 +470,51 @@ def test_a_process_without_triton_runs_on_a_pack(folder, tmp_path) -> None:
         (sys.executable, "-P", "-c", textwrap.dedent(code)), capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert (done.stdout.strip(), done.returncode) == ("['_norm_kernel']", 0), done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_pack_gives_what_triton_gives(folder, monkeypatch) -> None:
+    device = torch.device("cuda", 0)
+    target = dispatch.cuda_target(device)
+    assert target is not None
+    x, weight = (random(*shape).to(device, torch.bfloat16) for shape in ((300, 3200), (3200,)))
+    fc1, bias = random(1280, 3200, seed=1).to(device, torch.bfloat16), random(1280, seed=2).to(device, torch.bfloat16)
+    # More than 48 KB of shared memory, and on Hopper scratch memory for tensor descriptors.
+    choice = next(choice for choice in gemm.CONFIGS[target.arch] if choice["implementation"] != "torch")
+
+    def run() -> list[torch.Tensor]:
+        return [
+            norm.rms_norm(x, weight, 1e-6),
+            *norm.residual_norm(x, x, weight, weight, None, 1e-6),
+            gemm.gemm("gelu", target, x, fc1, bias, choice),
+        ]
+
+    forget(monkeypatch)
+    expected = run()  # by Triton: there is no pack yet
+    launches: list[Launch] = []
+    with dispatch.simulate(target, launches):
+        run()
+    built = [binary for _, binary in compile_launches([(wanted, target.arch) for wanted in launches])]
+    for binary in built:
+        check(binary)
+    pack.write_pack(folder, built, built[0].triton_version)
+    forget(monkeypatch)
+    for wanted in launches:
+        monkeypatch.setattr(wanted.kernel, "triton", Untouchable())
+
+    results = {"here": run()}
+    thread = threading.Thread(target=lambda: results.update({"in a thread": run()}))
+    thread.start()
+    thread.join()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        results["in a stream"] = run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    results["in a graph"] = captured
+    torch.cuda.synchronize(device)
+    for where, result in results.items():
+        for ours, theirs in zip(result, expected, strict=True):
+            assert torch.equal(ours, theirs), where

@@ -49,14 +49,12 @@ def check_gemm(module: ModuleType) -> None:
 
 
 NORM_LOAD = "x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)"
+NORM_MEAN = "y = (x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps)).to(out_ptr.dtype.element_ty).to(tl.float32)"
 GEMM_POINTERS = "weight_ptrs = weight_ptr + weight_rows[None, :] * weight_stride + inner[:, None]"
 VALUE_FAULTS = {
     "dropped mask of a row": (norm, check_norm, NORM_LOAD, NORM_LOAD.replace("mask=inside, other=0.0", "")),
     "other rows' stride": (norm, check_norm, NORM_LOAD, NORM_LOAD.replace("x_stride", "hidden")),
-    "mean over the block": (
-        *(norm, check_norm, "y = x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps)"),
-        "y = x * tl.rsqrt(tl.sum(x * x, 0) / BLOCK + eps)",
-    ),
+    "mean over the block": (norm, check_norm, NORM_MEAN, NORM_MEAN.replace("hidden", "BLOCK")),
     "dropped mask of the inner axis": (
         *(gemm, check_gemm, "a = tl.load(x_ptrs, mask=inside[None, :], other=0.0)"),
         "a = tl.load(x_ptrs)",
