@@ -3,7 +3,7 @@
 # make test-all every test, with full counts and real sizes
 # make lint     ruff and strict mypy; `make format` repairs what ruff can
 # make smoke    a sample of the slow tests
-# make kernels  every Triton kernel compiled for both architectures and compared with its table; no GPU needed
+# make kernels  every kernel compiled for both architectures and compared with its table; no GPU needed
 # make bench    the benchmarks of this machine and the tables made from them
 # make install  the environment alone, with everything that development needs
 # make clean    removes build outputs and caches; `rm -rf .venv` removes the environment
@@ -44,6 +44,7 @@ smoke: $(VENV)/.dev
 
 kernels: $(VENV)/.dev
 	$(BIN)/python bench/kernel_resources.py
+	$(BIN)/python bench/cuda_resources.py
 
 kernels-3.6: $(VENV_3_6)/.done
 	$(VENV_3_6)/bin/python bench/kernel_resources.py
@@ -83,7 +84,7 @@ $(VENV)/.base: pyproject.toml setup.py
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing what the tests need ..."
-	@$(PIP) -e ".[dev,video,pdf]"
+	@$(PIP) -e ".[dev,video,pdf,structured]"
 	@if [ "$$(uname)" = Linux ]; then $(PIP) -e ".[cuda]"; \
 		nvidia-smi -L >/dev/null 2>&1 || $(PIP) --no-deps triton==$(TRITON); fi
 	@touch $@

@@ -1,14 +1,20 @@
-"""Package mapping: the repository root is the import package `vitrail`. And its C++ extension, which is optional.
+"""Package mapping: the repository root is the import package `vitrail`. And what is compiled, which is optional.
 
-`VITRAIL_NO_EXTENSION=1` leaves the extension out; `VITRAIL_WERROR=1` makes its warnings, and its failure, errors.
+That is the C++ extension (csrc/cpu), which `VITRAIL_NO_EXTENSION=1` leaves out, and, where there is nvcc, the CUDA
+kernels (csrc/cuda), which `VITRAIL_NO_CUDA=1` leaves out. `VITRAIL_WERROR=1` makes the extension's warnings, and any
+failure, errors.
 """
 
 import os
 import platform
+import runpy
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CCompilerError, ExecError, PlatformError
@@ -94,6 +100,54 @@ class BuildExt(build_ext):
             skipped(str(error))
 
 
+class BuildCubins(Command):
+    """Compiles csrc/cuda into the package: beside the sources for an editable installation, else into the build."""
+
+    description = "compile the CUDA kernels"
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+    editable_mode = False
+    build_lib: str | None
+
+    def initialize_options(self) -> None:
+        self.build_lib = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        script = runpy.run_path(str(ROOT / "csrc/cuda/build.py"))
+        checkout: Path = script["CHECKOUT"]
+        folder = checkout if self.editable_mode else Path(str(self.build_lib), "vitrail/kernels/cubin")
+        nvcc = script["find_nvcc"]()
+        if os.environ.get("VITRAIL_NO_CUDA") == "1" or nvcc is None:
+            # What stands beside the sources may be old; build_py has taken it along.
+            if not self.editable_mode and script["index_of"](folder).get("sources") != script["sources_digest"]():
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            script["build"](folder, nvcc)
+        except (RuntimeError, OSError) as error:
+            if WERROR:
+                raise
+            print(f"vitrail: the CUDA kernels are not built: {error}")
+
+    def get_source_files(self) -> list[str]:
+        return []  # MANIFEST.in names them
+
+    def get_outputs(self) -> list[str]:
+        return []  # build_py's package data cover them
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    """`build` with the CUDA kernels."""
+
+    sub_commands: ClassVar = [*build.sub_commands, ("build_cubins", None)]
+
+
 class BuildPy(build_py):
     """`build_py` without the root's `setup.py`, which is no module of the package."""
 
@@ -102,4 +156,5 @@ class BuildPy(build_py):
         return [module for module in modules if module[:2] != ("vitrail", "setup")]
 
 
-setup(packages=packages(), ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "build_py": BuildPy})
+COMMANDS = {"build": Build, "build_cubins": BuildCubins, "build_ext": BuildExt, "build_py": BuildPy}
+setup(packages=packages(), ext_modules=extensions(), cmdclass=COMMANDS)

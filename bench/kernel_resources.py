@@ -5,7 +5,8 @@
     python bench/kernel_resources.py --docs     only write docs/kernels.md anew, from the table
 
 The tables, `tests/kernels/resources/triton-<version>.json`, hold every launch of the known models in bfloat16, and of
-one in float32. Registers, shared memory and instructions may differ by 5 %; the rest, and stack above all, may not.
+some in float32 and quantised. Registers, shared memory and instructions may differ by 5 %; the rest, and stack above
+all, may not.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,19 @@ from tqdm import tqdm
 from vitrail.kernels import dispatch
 from vitrail.kernels.attention import tile_attention
 from vitrail.kernels.build import Compiled, compile_launches
+from vitrail.kernels.dequantize import dequantize, few_rows_linear
 from vitrail.kernels.dispatch import ARCHS, REPRESENTATIVE, Arch, Target
+from vitrail.kernels.int4_decode import DecodeWeight
 from vitrail.kernels.linear import linear_gelu
 from vitrail.kernels.paged_attention import paged_attention
+from vitrail.kernels.quantize import QuantizedRows
+from vitrail.kernels.quantized_cache import Cache, QuantizedCache
 from vitrail.kernels.resources import TENSOR_CORE_OPCODES
+from vitrail.kernels.scaled_gemm import OPERATIONS, PARTS, scaled_linear
 from vitrail.kernels.signature import Launch
 from vitrail.kernels.swiglu import linear_swiglu
 from vitrail.runtime.kernel_pack import DEFAULT_MODELS, find_config, record_launches
+from vitrail.runtime.quantization.config import QuantizationConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLES = REPOSITORY / "tests" / "kernels" / "resources"
@@ -39,8 +46,41 @@ REGION = re.compile(r"(<!-- kernels:resources -->\n).*?(<!-- end -->)", re.DOTAL
 # The table that docs/kernels.md shows, and the model whose launches it shows.
 DOCUMENTED_TRITON, DOCUMENTED_MODEL = "3.9.0", "InternVL-Chat-V1-5"
 
+
+@dataclass(frozen=True)
+class Workload:
+    """A model as it is run; `name` says what about it is not as in bfloat16."""
+
+    model: str
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    quantization: QuantizationConfig | None = None
+    cache_dtype: torch.dtype | None = None
+
+    @classmethod
+    def quantized(cls, model: str, method: str, *, vision: bool = True, int8_cache: bool = False) -> "Workload":
+        """Both halves, or the language model alone, by one method."""
+        quantization = QuantizationConfig(method, method if vision else None)
+        return cls(model, f"{model} {method}", torch.bfloat16, quantization, torch.int8 if int8_cache else None)
+
+    def runs_on(self, arch: Arch) -> bool:
+        """Whether the GPU has what it computes with: e4m3 is Hopper's."""
+        return arch == "sm_90" or self.quantization is None or self.quantization.llm != "fp8"
+
+
 # What the tables hold, besides the rows of the dispatch tables.
-WORKLOADS = (*((model, torch.bfloat16) for model in DEFAULT_MODELS), ("InternVL-Chat-V1-5", torch.float32))
+WORKLOADS = (
+    *(Workload(model, model) for model in DEFAULT_MODELS),
+    Workload(DOCUMENTED_MODEL, f"{DOCUMENTED_MODEL} float32", torch.float32),
+    Workload.quantized(DOCUMENTED_MODEL, "int8", int8_cache=True),
+    Workload.quantized(DOCUMENTED_MODEL, "fp8"),
+    Workload.quantized(DOCUMENTED_MODEL, "int8-weight"),
+    Workload.quantized("InternVL2_5-1B", "int8", int8_cache=True),
+)
+# Whose launches the document shows.
+DOCUMENTED = {DOCUMENTED_MODEL, *(f"{DOCUMENTED_MODEL} {method}" for method in ("int8", "fp8", "int8-weight", "int4"))}
+
+SCALED = {name: product for product, name in OPERATIONS.items()}
 
 TOLERANCE = 0.05
 TOLERATED = ("registers", "shared", "instructions")
@@ -67,12 +107,21 @@ def record() -> list[tuple[Launch, Arch, list[str]]]:
     """
     found: dict[tuple[str, str], tuple[Launch, Arch, list[str]]] = {}
     for arch, target in REPRESENTATIVE.items():
-        for model, dtype in WORKLOADS:
-            name = model if dtype == torch.bfloat16 else f"{model} {str(dtype).removeprefix('torch.')}"
-            for launch in record_launches(find_config(model), target, dtype):
-                found.setdefault((arch, launch.key), (launch, arch, []))[2].append(name)
+        for workload in WORKLOADS:
+            if not workload.runs_on(arch):
+                continue
+            for launch in record_launches(
+                find_config(workload.model),
+                target,
+                workload.dtype,
+                quantization=workload.quantization,
+                cache_dtype=workload.cache_dtype,
+            ):
+                found.setdefault((arch, launch.key), (launch, arch, []))[2].append(workload.name)
         for launch in _record_rows(target):
             found.setdefault((arch, launch.key), (launch, arch, []))
+        for launch in _record_int4(target):
+            found.setdefault((arch, launch.key), (launch, arch, []))[2].append(f"{DOCUMENTED_MODEL} int4")
     return list(found.values())
 
 
@@ -83,6 +132,17 @@ def _record_rows(target: Target) -> list[Launch]:
             for row in rows:
                 with dispatch.override(operation, row["choice"]):
                     _run(operation, row["shape"])
+    return launches
+
+
+def _record_int4(target: Target) -> list[Launch]:
+    """Weights of 4 bits want memory to be checked in: a small one stands for all whose sizes divide as its do."""
+    launches: list[Launch] = []
+    weight = DecodeWeight(torch.zeros(256, 2048, dtype=torch.uint8), torch.ones(256, 16))
+    with dispatch.simulate(target, launches):
+        dequantize(weight, torch.bfloat16)
+        for rows in (1, 32):
+            few_rows_linear(torch.empty(rows, 2048, dtype=torch.bfloat16), weight)
     return launches
 
 
@@ -99,12 +159,27 @@ def _run(operation: str, shape: Mapping[str, int]) -> None:
             linear_swiglu(empty(shape["m"], shape["k"]), empty(2 * shape["n"], shape["k"]))
         case "tile_attention":
             tile_attention(*empty(1, shape["tokens"], 3, shape["batch"], shape["head_dim"]).unbind(2))
-        case "paged_prefill" | "paged_decode":
-            new = 64 if operation == "paged_prefill" else 1
-            cache = empty(32, 64, 1, shape["head_dim"])
+        case "paged_prefill" | "paged_decode" | "paged_prefill_int8" | "paged_decode_int8":
+            new = 64 if operation.startswith("paged_prefill") else 1
+            dtype = torch.int8 if operation.endswith("_int8") else torch.bfloat16
+            codes = empty(32, 64, 1, shape["head_dim"], dtype=dtype)
+            cache: Cache = codes
+            if dtype == torch.int8:
+                cache = QuantizedCache(codes, empty(32, 64, 1, dtype=torch.float32))
             borders, lens = empty(2, dtype=torch.int32), empty(1, dtype=torch.int32)
             q, tables = empty(new, shape["group"], shape["head_dim"]), empty(1, 32, dtype=torch.int32)
             paged_attention(q, cache, cache, tables, borders, lens, max_seqlen_q=new)
+        case name if name in SCALED:
+            dtype, epilogue = SCALED[name]
+            outputs = PARTS[epilogue] * shape["n"]
+            x, scales = empty(shape["m"], shape["k"], dtype=dtype), empty(shape["m"], dtype=torch.float32)
+            weight, target = empty(outputs, shape["k"], dtype=dtype), dispatch.target_of(x)
+            assert target is not None
+            scaled_linear(
+                *(target, QuantizedRows(x, scales, torch.bfloat16), weight, empty(outputs, dtype=torch.float32)),
+                None if epilogue == "swiglu" else empty(outputs),
+                epilogue=epilogue,
+            )
         case _:
             raise NotImplementedError(f"how {operation} is run at a shape of the dispatch tables")
 
@@ -162,7 +237,7 @@ def render(table: Mapping[str, Rows]) -> str:
             "| kernel | constants | warps | registers | stack | shared memory | CTAs/SM | instructions | opcodes |"
         ]
         lines += ["|---|---|---:|---:|---:|---:|---:|---:|---|"]
-        lines += [_line(held) for held in table[arch].values() if DOCUMENTED_MODEL in held["models"]]
+        lines += [_line(held) for held in table[arch].values() if DOCUMENTED & set(held["models"])]
         lines.append("")
     return "\n".join(lines)
 

@@ -3,9 +3,10 @@
     python bench/kernels.py [--only NAME ...] [--out DIR]
 
 `share` is of the copy bandwidth (GB/s rows) or of cuBLAS on 8192 x 8192 matrices (TFLOP/s rows), measured in the same
-run. Bytes are the fewest that the operation must move, each input read once and each output written once; FLOPs those
-it must do. Memory-bound operations start with a cold L2 cache, as inside a model. `plain` is the reference that also
-runs on a CPU; `library` the fastest library call for the same operation.
+run; products of 8 bits, too, are measured by cuBLAS in bf16, and may reach 2. Bytes are the fewest that the operation
+must move, each input read once and each output written once; FLOPs those it must do. Memory-bound operations start with
+a cold L2 cache, as inside a model. `plain` is the reference that also runs on a CPU; `library` the fastest library call
+for the same operation, for weights of 4 and 8 bits that of the matrix in bf16.
 """
 
 import argparse
@@ -29,6 +30,9 @@ from vitrail.kernels.paged_attention import paged_attention, paged_attention_ref
 from vitrail.kernels.patch_embedding import patch_embedding, patch_embedding_reference
 from vitrail.kernels.pixel_shuffle import pixel_shuffle_norm, pixel_shuffle_norm_reference
 from vitrail.kernels.qk_norm import qk_norm, qk_norm_reference
+from vitrail.kernels.quantize import QuantizedRows, quantize_rows, quantize_rows_reference
+from vitrail.kernels.quantized_cache import QuantizedCache
+from vitrail.kernels.quantized_linear import pack_fp8, pack_int4, pack_int8
 from vitrail.kernels.rope import rope_and_cache, rope_and_cache_reference
 from vitrail.kernels.swiglu import linear_swiglu, linear_swiglu_reference
 
@@ -125,6 +129,117 @@ def vision_cases(tiles: int) -> Iterator[Case]:
         plain=lambda: pixel_shuffle_norm_reference(features[:, 1:], *wide, 1e-5, 2, "v2"),
         bytes=4.0 * tiles * (TOKENS - 1) * HIDDEN,
     )
+
+
+def codes(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    return (random(*shape) * 40).round().clamp(-127, 127).to(dtype)
+
+
+def quantized_vision_cases(tiles: int) -> Iterator[Case]:
+    """The quantised operations of an InternViT-6B block."""
+    rows = tiles * TOKENS
+    unit = 2.0 * rows * HIDDEN
+    shape = f"{tiles} tiles"
+    x, branch, weight, scale = random(rows, HIDDEN), random(rows, HIDDEN), random(HIDDEN), random(HIDDEN)
+    target = dispatch.target_of(x)
+    assert target is not None
+    yield Case(
+        *("quantize_rows", shape, lambda: quantize_rows(x)),
+        plain=lambda: quantize_rows_reference(x),
+        bytes=1.5 * unit,
+    )
+    yield Case(
+        *("residual_norm to int8", shape),
+        lambda: residual_norm(x, branch, scale, weight, None, EPS, quantize=torch.int8),
+        plain=lambda: quantize_rows_reference(residual_norm_reference(x, branch, scale, weight, None, EPS)[1]),
+        bytes=3.5 * unit,
+    )
+    kinds = (torch.int8, torch.float8_e4m3fn) if target.arch == "sm_90" else (torch.int8,)
+    for dtype in kinds:
+        for layer, out, inner in (
+            *(("qkv", 3 * HIDDEN, HIDDEN), ("proj", HIDDEN, HIDDEN)),
+            *(("fc1", MLP, HIDDEN), ("fc2", HIDDEN, MLP)),
+        ):
+            yield _scaled_case(dtype, layer, shape, rows, out, inner)
+
+
+def _scaled_case(dtype: torch.dtype, layer: str, shape: str, rows: int, out: int, inner: int) -> Case:
+    """A product of codes against the library's of the same type, which for int8 leaves int32, unscaled."""
+    name = "int8" if dtype == torch.int8 else "fp8"
+    x = QuantizedRows(codes(rows, inner, dtype=dtype), torch.rand(rows, device=DEVICE) / 127, torch.bfloat16)
+    matrix, scales, bias = codes(out, inner, dtype=dtype), torch.rand(out, device=DEVICE) / 127, random(out)
+    packed = (pack_int8 if dtype == torch.int8 else pack_fp8)(matrix, scales)
+    next_scales = torch.rand(out, device=DEVICE) + 0.5 if dtype == torch.int8 else None
+
+    def library() -> Tensor:
+        if dtype == torch.int8:
+            return torch._int_mm(x.codes, matrix.t())
+        assert x.scales is not None
+        row_scales, column_scales = x.scales[:, None], scales[None, :]
+        return torch._scaled_mm(
+            *(x.codes, matrix.t(), row_scales, column_scales), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return Case(
+        f"linear {name}, {layer}",
+        shape,
+        (lambda: packed.linear_gelu(x, bias, next_scales)) if layer == "fc1" else (lambda: packed.linear(x, bias)),
+        library=library,
+        flops=2.0 * rows * out * inner,
+    )
+
+
+def quantized_decode_cases(batch: int, context: int) -> Iterator[Case]:
+    """A decode step of an InternLM2-20B layer with weights or cache of 4 and 8 bits."""
+    shape = f"batch {batch}, context {context}"
+    pages = context // 64
+    slots = (batch * pages, 64, KV_HEADS)
+    keys, values = (QuantizedCache(codes(*slots, HEAD_DIM), torch.rand(slots, device=DEVICE)) for _ in range(2))
+    tables = torch.randperm(batch * pages, device=DEVICE).view(batch, pages).int()
+    lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    borders = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+    q = random(batch, LLM_HEADS, HEAD_DIM)
+    yield Case(
+        *("paged_attention int8, decode", shape),
+        lambda: paged_attention(q, keys, values, tables, borders, lens, max_seqlen_q=1),
+        bytes=float(keys.nbytes + values.nbytes + 2 * q.nbytes),
+    )
+    x, matrix = random(batch, LLM_HIDDEN), random(2 * LLM_MLP, LLM_HIDDEN, scale=LLM_HIDDEN**-0.5)
+    yield from _few_rows_cases("gate_up", shape, x, matrix)
+
+
+def _few_rows_cases(layer: str, shape: str, x: Tensor, matrix: Tensor) -> Iterator[Case]:
+    out, inner = matrix.shape
+    nibbles = torch.randint(0, 16, (out, inner), dtype=torch.uint8, device=DEVICE)
+    scales = torch.rand(out, inner // 128, device=DEVICE) / 8
+    for name, packed, size in (
+        ("int4", pack_int4(nibbles, scales), matrix.numel() / 2 + 4 * scales.numel()),
+        ("int8-weight", pack_int8(codes(out, inner), scales[:, 0], weight_only=True), matrix.numel() + 4 * out),
+    ):
+        yield Case(
+            f"linear {name}, {layer}",
+            shape,
+            partial(packed.linear, x),
+            library=lambda: F.linear(x, matrix),
+            bytes=size + 2.0 * x.shape[0] * (out + inner),
+        )
+
+
+def quantized_prefill_cases(tokens: int) -> Iterator[Case]:
+    """Projections of an InternLM2-20B layer in a prompt, with weights of 4 bits and in int8."""
+    shape = f"{tokens} tokens"
+    x, matrix = random(tokens, LLM_HIDDEN), random(2 * LLM_MLP, LLM_HIDDEN, scale=LLM_HIDDEN**-0.5)
+    int4 = pack_int4(
+        torch.randint(0, 16, matrix.shape, dtype=torch.uint8, device=DEVICE),
+        torch.rand(matrix.shape[0], LLM_HIDDEN // 128, device=DEVICE) / 8,
+    )
+    int8 = pack_int8(codes(*matrix.shape), torch.rand(matrix.shape[0], device=DEVICE) / 127)
+    for name, packed in (("int4", int4), ("int8", int8)):
+        yield Case(
+            *(f"linear_swiglu {name}", shape, partial(packed.linear_swiglu, x)),
+            library=lambda: linear_swiglu(x, matrix),
+            flops=4.0 * tokens * LLM_HIDDEN * LLM_MLP,
+        )
 
 
 def decode_cases(batch: int, context: int) -> Iterator[Case]:
@@ -240,9 +355,9 @@ def main() -> None:
         ceiling = ceilings()
         wanted = tuple(arguments.only) or ("",)
         cases = chain(  # made one by one: all together would fill the memory
-            *(vision_cases(tiles) for tiles in (1, 7, 16)),
-            *(decode_cases(batch, 2048) for batch in (1, 8, 32)),
-            *(prefill_cases(tokens) for tokens in (512, 1856, 3392)),
+            *(cases(tiles) for tiles in (1, 7, 16) for cases in (vision_cases, quantized_vision_cases)),
+            *(cases(batch, 2048) for batch in (1, 8, 32) for cases in (decode_cases, quantized_decode_cases)),
+            *(cases(tokens) for tokens in (512, 1856, 3392) for cases in (prefill_cases, quantized_prefill_cases)),
         )
         rows = [measure_case(case, ceiling) for case in cases if case.name.startswith(wanted)]
     for row in rows:

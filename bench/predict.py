@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vitrail.bench.tune import OPERATIONS, Shape
-from vitrail.kernels import dispatch, gemm
+from vitrail.kernels import dispatch, gemm, scaled_gemm
 from vitrail.kernels.dispatch import ARCHS, REPRESENTATIVE, TABLES, Arch, Choice
 from vitrail.kernels.language import cdiv
 
@@ -49,6 +51,17 @@ TILE_RATE: Mapping[Arch, Mapping[tuple[int, int], float]] = {
     },
 }
 LIBRARY_TILES = {(256, 128): 1, (128, 256): 1, (128, 128): 0.95, (256, 64): 0.85, (128, 64): 0.8, (64, 64): 0.6}
+# Of the peak of 8-bit products, twice that of 16 bits: published for fp8 on an H100 and for Triton's int8 on an A100,
+# estimated for int8 on Hopper.
+SCALED_SHARES: Mapping[tuple[Arch, torch.dtype], float] = {
+    ("sm_80", torch.int8): 0.4,
+    ("sm_90", torch.int8): 0.62,
+    ("sm_90", torch.float8_e4m3fn): 0.68,
+}
+# An int8 instruction of Hopper's is 128 columns wide at most, as Triton uses them: a wider tile reads no less.
+SCALED_TILE_RATE: Mapping[torch.dtype, float] = {torch.int8: 1.0, torch.float8_e4m3fn: 0.97}  # 128 x 128
+SCALED_SLOTS: Mapping[scaled_gemm.Epilogue, float] = {"none": 7, "gelu": 22, "swiglu": 12}
+SCALED_PROGRAMS_PER_SM = {(128, 128): 1, (64, 128): 2, (64, 64): 3, (32, 64): 2, (16, 64): 2}
 # Issue slots that the epilogue takes for an element of the accumulator, counted in the compiled kernels.
 EPILOGUE_SLOTS: Mapping[gemm.Epilogue, float] = {"gelu": 15.2, "swiglu": 9.5}
 # CTAs that a multiprocessor holds of each kernel, by the resources of the compiled ones.
@@ -94,6 +107,41 @@ def library_seconds(arch: Arch, epilogue: gemm.Epilogue, m: int, n: int, k: int)
     return max(best, _memory_seconds(gpu, epilogue, m, n, k)) + pointwise + 2 * LAUNCH_GAP
 
 
+def scaled_seconds(
+    arch: Arch, dtype: torch.dtype, epilogue: scaled_gemm.Epilogue, choice: Choice, m: int, n: int, k: int
+) -> float:
+    """As `fused_seconds`, of 8-bit codes."""
+    gpu, num_sms, parts = GPUS[arch], REPRESENTATIVE[arch].num_sms, scaled_gemm.PARTS[epilogue]
+    block_m, block_n, block_k = choice["BLOCK_M"], choice["BLOCK_N"], choice["BLOCK_K"]
+    tiles = cdiv(m, block_m) * cdiv(n, block_n // parts)
+    tile_rate = TILE_RATE[arch][block_m, block_n]
+    if arch == "sm_90" and (block_m, block_n) == (128, 128):
+        tile_rate = SCALED_TILE_RATE[dtype]
+    rate = 2 * gpu.flops / num_sms * SCALED_SHARES[arch, dtype] * tile_rate
+    loop = 2 * block_m * block_n * cdiv(k, block_k) * block_k / rate
+    end = block_m * block_n * SCALED_SLOTS[epilogue] / 128 / gpu.clock + 0.4e-6
+    if choice["implementation"] == "pipelined":
+        end += 0.8e-6  # the loads of a next tile do not run under it
+    each = cdiv(tiles, num_sms)
+    together = choice.get("programs_per_sm", 0) or SCALED_PROGRAMS_PER_SM[block_m, block_n]
+    if each > 1 and together > 1:
+        end *= 0.35  # one program ends while the other multiplies
+    operands = k * tiles * (block_m + block_n) / gpu.l2_bytes
+    memory = (m * k + parts * n * k + 2 * m * n) / gpu.copy_bytes / STREAMING
+    return max(each * (loop + end), operands, memory) + LAUNCH_GAP
+
+
+def predict_scaled(
+    arch: Arch, dtype: torch.dtype, epilogue: scaled_gemm.Epilogue, shape: Shape
+) -> list[tuple[float, Choice]]:
+    """Milliseconds of every candidate at a shape, the fastest first."""
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    fitting = [row for row in scaled_gemm.CONFIGS[arch] if row["BLOCK_M"] == 16 or row["BLOCK_M"] < 2 * m]
+    found = [(scaled_seconds(arch, dtype, epilogue, row, m, n, k) * 1e3, row) for row in fitting]
+    # Where reading the weight is all, as all agree, the least tile that holds the rows: the others read for nothing.
+    return sorted(found, key=lambda pair: (round(pair[0], 4), pair[1]["BLOCK_M"] if m <= 64 else 0))
+
+
 def _memory_seconds(gpu: Gpu, epilogue: gemm.Epilogue, m: int, n: int, k: int) -> float:
     return 2 * (m * k + gemm.PARTS[epilogue] * n * k + m * n) / gpu.copy_bytes / STREAMING
 
@@ -117,6 +165,14 @@ def rows(arch: Arch, epilogue: gemm.Epilogue) -> Iterator[dict[str, Any]]:
         yield {"shape": dict(shape), "choice": dict(choice), "predicted_ms": round(ms, 4), "next_ms": round(second, 4)}
 
 
+def scaled_rows(arch: Arch, dtype: torch.dtype, epilogue: scaled_gemm.Epilogue) -> Iterator[dict[str, Any]]:
+    """Table rows of one operation on codes."""
+    for shape in OPERATIONS[scaled_gemm.OPERATIONS[dtype, epilogue]].shapes:
+        ranked = predict_scaled(arch, dtype, epilogue, shape)
+        (ms, choice), (second, _) = ranked[0], ranked[min(1, len(ranked) - 1)]
+        yield {"shape": dict(shape), "choice": dict(choice), "predicted_ms": round(ms, 4), "next_ms": round(second, 4)}
+
+
 def main() -> None:
     """Predict, print, and with `--write` rewrite the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +183,9 @@ def main() -> None:
         path = TABLES / f"{arch}.json"
         operations = dispatch.read_table(path)
         operations |= {f"linear_{epilogue}": list(rows(arch, epilogue)) for epilogue in epilogues}
+        for (dtype, epilogue), name in scaled_gemm.OPERATIONS.items():
+            if (arch, dtype) in SCALED_SHARES:
+                operations[name] = list(scaled_rows(arch, dtype, epilogue))
         for name, table in operations.items():
             for row in table:
                 print(arch, name, row["shape"], row["choice"], row.get("predicted_ms", ""))

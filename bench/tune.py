@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitrail.bench.harness import compare, environment, require_gpu
-from vitrail.kernels import attention, dispatch, gemm, paged_attention
+from vitrail.kernels import attention, dispatch, gemm, paged_attention, scaled_gemm
 from vitrail.kernels.attention import tile_attention
 from vitrail.kernels.dispatch import Arch, Choice
 from vitrail.kernels.linear import linear_gelu
+from vitrail.kernels.quantize import QuantizedRows
+from vitrail.kernels.quantized_cache import Cache, QuantizedCache
+from vitrail.kernels.scaled_gemm import PARTS, Epilogue, scaled_linear
 from vitrail.kernels.swiglu import linear_swiglu
 
 DEVICE = "cuda"
@@ -59,6 +63,19 @@ def _linear_swiglu(shape: Shape) -> Callable[[], object]:
     return lambda: linear_swiglu(x, weight)
 
 
+def codes(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    return (random(*shape) * 40).round().clamp(-127, 127).to(dtype)
+
+
+def _scaled(dtype: torch.dtype, epilogue: Epilogue, shape: Shape) -> Callable[[], object]:
+    m, n, k = shape["m"], PARTS[epilogue] * shape["n"], shape["k"]
+    x = QuantizedRows(codes(m, k, dtype=dtype), random(m).float(), torch.bfloat16)
+    weight, scales, bias = codes(n, k, dtype=dtype), random(n).float(), None if epilogue == "swiglu" else random(n)
+    target = dispatch.target_of(weight)
+    assert target is not None
+    return lambda: scaled_linear(target, x, weight, scales, bias, epilogue=epilogue)
+
+
 def _tile_attention(shape: Shape) -> Callable[[], object]:
     # `batch` counts tiles times heads; how they divide does not matter to a kernel that has a program for each.
     qkv = random(1, shape["tokens"], 3, shape["batch"], shape["head_dim"])
@@ -66,9 +83,18 @@ def _tile_attention(shape: Shape) -> Callable[[], object]:
     return lambda: tile_attention(q, k, v)
 
 
-def _paged(shape: Shape, sequences: int, context: int, new_tokens: int) -> Callable[[], object]:
+def _paged(shape: Shape, sequences: int, context: int, new_tokens: int, *, int8: bool = False) -> Callable[[], object]:
     kv_heads, pages = 8, context // 64
-    keys, values = (random(sequences * pages, 64, kv_heads, shape["head_dim"]) for _ in range(2))
+    slots = (sequences * pages, 64, kv_heads)
+
+    def cache() -> Cache:
+        return (
+            QuantizedCache(codes(*slots, shape["head_dim"]), random(*slots).float())
+            if int8
+            else random(*slots, shape["head_dim"])
+        )
+
+    keys, values = cache(), cache()
     tables = torch.randperm(sequences * pages, device=DEVICE).view(sequences, pages).int()
     q = random(sequences * new_tokens, kv_heads * shape["group"], shape["head_dim"])
     borders = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE) * new_tokens
@@ -84,7 +110,28 @@ def _gemm_shapes(projections: Sequence[tuple[int, int]], rows: Sequence[int]) ->
 TILES = [tiles * TILE_TOKENS for tiles in TILE_COUNTS]
 # InternLM2-20B and -7B, Qwen2-0.5B.
 PAGED_SHAPES = [{"head_dim": d, "group": group, "itemsize": 2} for d, group in ((128, 6), (128, 4), (64, 7))]
+# Projections of quantised models: InternViT-6B and -300M, InternLM2-20B and -7B, Qwen2-0.5B.
+SCALED_SHAPES: Mapping[Epilogue, Sequence[tuple[int, int]]] = {
+    "none": (
+        *[(9600, 3200), (3200, 3200), (3200, 12800), (3072, 1024), (1024, 4096)],
+        *[(8192, 6144), (6144, 16384), (4096, 4096), (1152, 896), (896, 4864)],
+    ),
+    "gelu": ((12800, 3200), (4096, 1024)),
+    "swiglu": ((16384, 6144), (14336, 4096), (4864, 896)),
+}
+SCALED_ROWS = (16, 32, 64, 128, 256, 512, *(tiles * TILE_TOKENS for tiles in (1, 2, 4, 7, 16)))
+
+
+def _scaled_operations() -> Iterator[tuple[str, Operation]]:
+    for (dtype, epilogue), name in scaled_gemm.OPERATIONS.items():
+        shapes = list(_gemm_shapes(SCALED_SHAPES[epilogue], SCALED_ROWS))
+        # e4m3 is Hopper's.
+        configs = scaled_gemm.CONFIGS if dtype == torch.int8 else {**scaled_gemm.CONFIGS, "sm_80": ()}
+        yield name, Operation(configs, shapes, partial(_scaled, dtype, epilogue))
+
+
 OPERATIONS: Mapping[str, Operation] = {
+    **dict(_scaled_operations()),
     "linear_gelu": Operation(
         gemm.CONFIGS,
         [
@@ -131,6 +178,16 @@ OPERATIONS: Mapping[str, Operation] = {
         paged_attention.CONFIGS["paged_decode"],
         PAGED_SHAPES,
         lambda shape: _paged(shape, sequences=8, context=2048, new_tokens=1),
+    ),
+    "paged_prefill_int8": Operation(
+        paged_attention.CONFIGS["paged_prefill_int8"],
+        PAGED_SHAPES,
+        lambda shape: _paged(shape, sequences=1, context=3392, new_tokens=3392, int8=True),
+    ),
+    "paged_decode_int8": Operation(
+        paged_attention.CONFIGS["paged_decode_int8"],
+        PAGED_SHAPES,
+        lambda shape: _paged(shape, sequences=8, context=2048, new_tokens=1, int8=True),
     ),
 }
 

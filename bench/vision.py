@@ -29,13 +29,19 @@ from vitrail.runtime.models import intern_vit
 
 MODELS = {"6b": INTERNVL_CHAT_V1_5, "300m": INTERNVL2_5_1B}
 
+
+def _unquantized(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm's reference as layers call it, which say whether rows are to be quantised too."""
+    return lambda *tensors, quantize=None: reference(*tensors)
+
+
 # Names that the model calls, and the plain torch that stands for each until its technique's row.
 PLAIN: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
     "one kernel for QK-norm": [(intern_vit, "qk_norm", qk_norm.qk_norm_reference)],
     "one kernel for residual, LayerScale and norm": [
-        (norm_layers, "residual_norm", norm.residual_norm_reference),
-        (norm_layers, "rms_norm", norm.rms_norm_reference),
-        (norm_layers, "layer_norm", norm.layer_norm_reference),
+        (norm_layers, "residual_norm", _unquantized(norm.residual_norm_reference)),
+        (norm_layers, "rms_norm", _unquantized(norm.rms_norm_reference)),
+        (norm_layers, "layer_norm", _unquantized(norm.layer_norm_reference)),
         (intern_vit, "scaled_residual", residual.scaled_residual_reference),
     ],
     "bias and GELU in fc1's epilogue": [(linear_layers, "linear_gelu", linear.linear_gelu_reference)],

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class Weight(Protocol):
-    """Packed weights of a linear layer; the layout is that of `kernels.quantized_linear.PackedWeight`."""
+    """Packed weights of a linear layer; the layout is that of `kernels.cpu_weight.CpuWeight`."""
 
     def multiply(
         self,

@@ -32,7 +32,8 @@ PARTS: Mapping[Epilogue, int] = {"gelu": 1, "swiglu": 2}
 GROUP_M = 8  # rows of tiles that are visited together, for their columns' weights to be found in L2
 
 
-def _config(implementation: str, m: int, n: int, k: int, num_warps: int, num_stages: int, **more: int) -> Choice:
+def tile_config(implementation: str, m: int, n: int, k: int, num_warps: int, num_stages: int, **more: int) -> Choice:
+    """A kernel with its output tile of m x n, k at a step, and the launch's options, as the tables write it."""
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     return {"implementation": implementation, **blocks, "num_warps": num_warps, "num_stages": num_stages, **more}
 
@@ -41,31 +42,33 @@ def _config(implementation: str, m: int, n: int, k: int, num_warps: int, num_sta
 CONFIGS: Mapping[Arch, tuple[Choice, ...]] = {
     "sm_80": (
         {"implementation": "torch"},
-        _config("pipelined", 128, 256, 64, 8, 4),
-        _config("pipelined", 128, 128, 32, 4, 4),  # two programs an SM: one multiplies while the other ends
-        _config("pipelined", 64, 128, 64, 4, 4),  # few tiles, e.g. 1025 rows, which waste 5.8 % of 64 and 11 % of 128
-        _config("pipelined", 64, 64, 64, 4, 4),
+        tile_config("pipelined", 128, 256, 64, 8, 4),
+        tile_config("pipelined", 128, 128, 32, 4, 4),  # two programs an SM: one multiplies while the other ends
+        tile_config(
+            "pipelined", 64, 128, 64, 4, 4
+        ),  # few tiles, e.g. 1025 rows, which waste 5.8 % of 64 and 11 % of 128
+        tile_config("pipelined", 64, 64, 64, 4, 4),
         # Decoding is bound by the weights: 48 KB of them in flight for each program, two or three programs an SM.
-        _config("pipelined", 32, 64, 128, 4, 4),
-        _config("pipelined", 16, 64, 128, 4, 4),
+        tile_config("pipelined", 32, 64, 128, 4, 4),
+        tile_config("pipelined", 16, 64, 128, 4, 4),
     ),
     "sm_90": (
         {"implementation": "torch"},
-        _config("persistent", 128, 256, 64, 8, 4, programs_per_sm=1),
-        _config("persistent", 128, 256, 64, 8, 3, programs_per_sm=1),
-        _config("persistent", 128, 128, 64, 4, 3, programs_per_sm=2),
-        _config("persistent", 128, 128, 64, 8, 4, programs_per_sm=1),
-        _config("persistent", 64, 256, 64, 4, 4, programs_per_sm=1),
-        _config("pipelined", 64, 128, 64, 4, 4),
-        _config("pipelined", 64, 64, 64, 4, 4),
-        _config("pipelined", 32, 64, 128, 4, 4),
-        _config("pipelined", 16, 64, 128, 4, 4),
+        tile_config("persistent", 128, 256, 64, 8, 4, programs_per_sm=1),
+        tile_config("persistent", 128, 256, 64, 8, 3, programs_per_sm=1),
+        tile_config("persistent", 128, 128, 64, 4, 3, programs_per_sm=2),
+        tile_config("persistent", 128, 128, 64, 8, 4, programs_per_sm=1),
+        tile_config("persistent", 64, 256, 64, 4, 4, programs_per_sm=1),
+        tile_config("pipelined", 64, 128, 64, 4, 4),
+        tile_config("pipelined", 64, 64, 64, 4, 4),
+        tile_config("pipelined", 32, 64, 128, 4, 4),
+        tile_config("pipelined", 16, 64, 128, 4, 4),
     ),
 }
 
 
 @jit
-def _tile_origin(tile, m, n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_origin(tile, m, n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and column of an output tile: down the rows of a group, then on to the next columns."""
     tiles_n = tl.cdiv(n, WIDTH)
     first = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -75,7 +78,7 @@ def _tile_origin(tile, m, n, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP_M
 
 
 @jit
-def _halves(acc):
+def halves(acc):
     """The left and the right half of the columns; no data moves, as every thread holds pieces of both."""
     return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
 
@@ -110,7 +113,7 @@ def _persistent_kernel(
     # `tile` runs ahead with the loads. The epilogue counts for itself, or every step would carry its tile along.
     finished = tl.program_id(0) - programs
     for tile in tl.range(tl.program_id(0), tl.cdiv(m, BLOCK_M) * tl.cdiv(n, width), programs, flatten=True):
-        row, column = _tile_origin(tile, m, n, BLOCK_M, width, GROUP_M)
+        row, column = tile_origin(tile, m, n, BLOCK_M, width, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(steps):
             a = x_tiles.load([row, step * BLOCK_K])
@@ -118,8 +121,8 @@ def _persistent_kernel(
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
 
         finished += programs
-        row, column = _tile_origin(finished, m, n, BLOCK_M, width, GROUP_M)
-        left, right = _halves(acc)
+        row, column = tile_origin(finished, m, n, BLOCK_M, width, GROUP_M)
+        left, right = halves(acc)
         if EPILOGUE == "swiglu":
             out_tiles.store([row, column], (silu(left) * right).to(out_ptr.dtype.element_ty))
         else:
@@ -140,7 +143,7 @@ def _pipelined_kernel(
 ):  # fmt: skip
     width: tl.constexpr = BLOCK_N // PARTS  # of an output tile
     half: tl.constexpr = BLOCK_N // 2
-    row, column = _tile_origin(tl.program_id(0), m, n, BLOCK_M, width, GROUP_M)
+    row, column = tile_origin(tl.program_id(0), m, n, BLOCK_M, width, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
     places = tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -162,7 +165,7 @@ def _pipelined_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    left, right = _halves(acc)
+    left, right = halves(acc)
     columns = column + tl.arange(0, half)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
@@ -186,7 +189,7 @@ def fused_linear(epilogue: Epilogue, target: Target, x: Tensor, weight: Tensor, 
     if m == 0 or x.dtype == torch.float32:
         return None
     rows = x.reshape(m, k)
-    if n % ALIGNMENT or not (_is_aligned(rows) and _is_aligned(weight)):
+    if n % ALIGNMENT or not (is_aligned(rows) and is_aligned(weight)):
         return None
     choice = choose(f"linear_{epilogue}", target, m=m, n=n, k=k)
     if choice["implementation"] == "torch":
@@ -194,7 +197,7 @@ def fused_linear(epilogue: Epilogue, target: Target, x: Tensor, weight: Tensor, 
     return gemm(epilogue, target, rows, weight, bias, choice).view(*x.shape[:-1], n)
 
 
-def _is_aligned(matrix: Tensor) -> bool:
+def is_aligned(matrix: Tensor) -> bool:
     """Whether the rows of a matrix are contiguous, apart from each other, and known to the compiler as aligned."""
     (_, columns), (stride, step) = matrix.shape, matrix.stride()
     divides = (value % ALIGNMENT == 0 for value in (matrix.data_ptr(), columns, stride))

@@ -201,25 +201,19 @@ class Binary:
             if hashlib.sha256(cubin).hexdigest() != entry.sha256:
                 raise ValueError("its SHA-256 is not the one in the index")
             with torch.cuda.device(self.device):
-                _have_context(device_index)
-                self.kernel = _load_kernel(cubin, entry.function, entry.shared, device_index)
+                self.kernel = load_kernel(cubin, entry.function, entry.shared, device_index)
         except Exception as error:  # cuda.core has errors of its own for what the driver refuses
             raise UnsupportedError(f"the kernel pack's {file} cannot be loaded ({_reason(error)}): {REMEDY}") from error
 
     def launch(self, grid: tuple[int, ...], args: tuple[Argument, ...]) -> None:
         """Run the kernel on torch's current stream of its device."""
-        import cuda.core
-
         values = [convert(args[position]) for position, convert in self.converters]
-        config = cuda.core.LaunchConfig(grid=grid, block=self.threads, shmem_size=self.shared, **self.options)
-        with torch.cuda.device(self.device):
-            _have_context(self.device.index)
-            hidden = [0] * self.hidden_parameters
-            if self.scratch_size:
-                # Freed when this returns, in the stream's order: whoever gets the memory next comes after the kernel.
-                scratch = torch.empty(math.prod(grid) * self.scratch_size, dtype=torch.uint8, device=self.device)
-                hidden[0] = scratch.data_ptr()
-            cuda.core.launch(torch.cuda.current_stream(self.device), config, self.kernel, *values, *hidden)
+        hidden = [0] * self.hidden_parameters
+        if self.scratch_size:
+            # Freed when this returns, in the stream's order: whoever gets the memory next comes after the kernel.
+            scratch = torch.empty(math.prod(grid) * self.scratch_size, dtype=torch.uint8, device=self.device)
+            hidden[0] = scratch.data_ptr()
+        start_kernel(self.kernel, self.device, (*values, *hidden), grid, self.threads, self.shared, **self.options)
 
 
 def _converter(kind: str) -> Callable[[Any], Any]:
@@ -233,10 +227,12 @@ def _converter(kind: str) -> Callable[[Any], Any]:
 FREE_SHARED = 48 * 1024
 
 
-def _load_kernel(cubin: bytes, function: str, shared: int, device_index: int) -> Any:
+def load_kernel(cubin: bytes, function: str, shared: int, device_index: int) -> Any:
+    """A function of a cubin, loaded for the current device, which will be asked for `shared` bytes a CTA."""
     import cuda.core
     from cuda.bindings import driver
 
+    _have_context(device_index)
     kernel = cuda.core.ObjectCode.from_cubin(cubin).get_kernel(function)
     if shared > FREE_SHARED:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -244,6 +240,24 @@ def _load_kernel(cubin: bytes, function: str, shared: int, device_index: int) ->
         if status != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{shared} bytes of shared memory refused: {status.name}")
     return kernel
+
+
+def start_kernel(
+    kernel: Any,
+    device: torch.device,
+    values: tuple[Any, ...],
+    grid: tuple[int, ...],
+    threads: int,
+    shared: int,
+    **options: Any,
+) -> None:
+    """Run a kernel from `load_kernel` on torch's current stream. values: addresses as int, numbers as ctypes."""
+    import cuda.core
+
+    config = cuda.core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, **options)
+    with torch.cuda.device(device):
+        _have_context(device.index)
+        cuda.core.launch(torch.cuda.current_stream(device), config, kernel, *values)
 
 
 _threads = threading.local()

@@ -6,6 +6,9 @@ block of rows and walks over the keys that any of them sees, first the blocks th
 Decoding, one query a sequence, has too few rows to fill a GPU: as in Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023)
 a sequence's keys are split among programs, and a second kernel joins what they found.
 Pages hold a power of two of tokens (PagedAttention: Kwon et al., arXiv:2309.06180).
+
+A cache may be int8 codes with a scale for each token and head. Codes are whole numbers of up to 127, which bf16 holds
+exactly: products take them as they are, a key's scale meets its scores, and a value's scale the weights of its token.
 """
 
 import math
@@ -21,6 +24,7 @@ from .attention import causal_attention_reference
 from .dispatch import Arch, Choice, choose, target_of
 from .language import cdiv, jit, kernel, next_power_of_2, tl
 from .launch import launch
+from .quantized_cache import Cache, QuantizedCache, codes_of, scales_of
 
 NARROWEST = 16  # rows or columns of a tensor core's instruction, and so of a block
 MAX_SPLITS = 64  # of one sequence: what the joining kernel holds in registers
@@ -48,6 +52,15 @@ CONFIGS: Mapping[str, Mapping[Arch, tuple[Choice, ...]]] = {
     "paged_decode": {
         "sm_80": (_decode(64, 4, 3, 2), _decode(32, 4, 4, 2), _decode(64, 4, 2, 3)),
         "sm_90": (_decode(64, 4, 3, 2), _decode(64, 4, 4, 2), _decode(32, 4, 4, 2)),
+    },
+    # Codes are half as many bytes: more stages. Each warp of an Ampere converts all keys of its block for itself.
+    "paged_prefill_int8": {
+        "sm_80": (_prefill(64, 32, 4, 3), _prefill(128, 32, 8, 3), _prefill(128, 64, 8, 3)),
+        "sm_90": (_prefill(128, 64, 8, 3), _prefill(128, 64, 8, 4), _prefill(64, 64, 4, 3)),
+    },
+    "paged_decode_int8": {
+        "sm_80": (_decode(64, 4, 5, 2), _decode(32, 4, 4, 4), _decode(64, 4, 3, 3)),
+        "sm_90": (_decode(64, 4, 5, 2), _decode(32, 4, 4, 4), _decode(64, 4, 4, 2)),
     },
 }
 # fp32 has no tensor core of its own: its products want small blocks, and there is nothing to choose.
@@ -94,22 +107,46 @@ def _keys_and_values(
 
 
 @jit
-def _see(q, k, v, visible, scale, acc, total, peak):
-    """What the rows know after one more block of keys; visible: (rows, keys), None for all."""
-    scores = tl.dot(q, k.T, input_precision="ieee")
+def _scales(
+    k_scales_ptr, v_scales_ptr,  # the first slot of one head; None where keys and values are no codes
+    pages, start, context, kv_heads, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scales of the keys and of the values of the block at `start`, 0 from `context` on."""
+    if k_scales_ptr is None:
+        return None, None
+    else:
+        tokens = tl.arange(0, BLOCK_N)
+        if PAGE % BLOCK_N == 0:
+            slots = pages.to(tl.int64) * PAGE + start % PAGE + tokens
+        else:
+            slots = pages.to(tl.int64) * PAGE + tokens % PAGE
+        there = start + tokens < context
+        k_scales = tl.load(k_scales_ptr + slots * kv_heads, mask=there, other=0.0)
+        return k_scales, tl.load(v_scales_ptr + slots * kv_heads, mask=there, other=0.0)
+
+
+@jit
+def _see(q, k, v, k_scales, v_scales, visible, scale, acc, total, peak):
+    """What the rows know after one more block of keys; visible: (rows, keys), None for all; scales: None for 1."""
+    scores = tl.dot(q, k.to(q.dtype).T, input_precision="ieee")
+    if k_scales is not None:
+        scores *= k_scales[None, :]
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    if v_scales is not None:
+        weights *= v_scales[None, :]
+    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
 
 
 @kernel(unspecialized=("table_stride", "kv_heads"))
 def _paged_prefill_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, cu_seqlens_q_ptr, context_lens_ptr, out_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr,  # scales of int8 caches, or None
+    block_tables_ptr, cu_seqlens_q_ptr, context_lens_ptr, out_ptr,
     table_stride, kv_heads,
     scale,  # log2(e) / sqrt(HEAD_DIM)
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
@@ -129,6 +166,9 @@ def _paged_prefill_kernel(
     q = tl.load(q_ptr + offsets, mask=inside, other=0.0)
     k_cache_ptr += head * HEAD_DIM
     v_cache_ptr += head * HEAD_DIM
+    if k_scales_ptr is not None:
+        k_scales_ptr += head
+        v_scales_ptr += head
     block_tables_ptr += sequence.to(tl.int64) * table_stride
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -146,17 +186,19 @@ def _paged_prefill_kernel(
             pages, start, context, kv_heads * HEAD_DIM,
             HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
         )  # fmt: skip
+        k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
         pages = _pages(block_tables_ptr, start + BLOCK_N, context, PAGE, BLOCK_N)
-        acc, total, peak = _see(q, k, v, None, scale, acc, total, peak)
+        acc, total, peak = _see(q, k, v, k_scales, v_scales, None, scale, acc, total, peak)
     for start in tl.range(common, end, BLOCK_N):
         k, v = _keys_and_values(
             k_cache_ptr, v_cache_ptr,
             pages, start, context, kv_heads * HEAD_DIM,
             HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
         )  # fmt: skip
+        k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
         pages = _pages(block_tables_ptr, start + BLOCK_N, context, PAGE, BLOCK_N)
         visible = (start + tl.arange(0, BLOCK_N))[None, :] <= last_key[:, None]
-        acc, total, peak = _see(q, k, v, visible, scale, acc, total, peak)
+        acc, total, peak = _see(q, k, v, k_scales, v_scales, visible, scale, acc, total, peak)
 
     out = acc * (1 / tl.where(total > 0, total, 1.0))[:, None]  # zeros for a sequence without keys
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -170,7 +212,8 @@ def _split_size(context, num_splits, BLOCK_N: tl.constexpr):
 
 @kernel(unspecialized=("table_stride", "kv_heads"))
 def _paged_decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, cu_seqlens_q_ptr, context_lens_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr,  # scales of int8 caches, or None
+    block_tables_ptr, cu_seqlens_q_ptr, context_lens_ptr,
     out_ptr, partial_ptr, log_total_ptr,  # either the result, or (sequence, head, split) of both others in fp32
     table_stride, kv_heads,
     scale,  # log2(e) / sqrt(HEAD_DIM)
@@ -194,6 +237,9 @@ def _paged_decode_kernel(
     q = tl.load(q_ptr + q_heads[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
     k_cache_ptr += head * HEAD_DIM
     v_cache_ptr += head * HEAD_DIM
+    if k_scales_ptr is not None:
+        k_scales_ptr += head
+        v_scales_ptr += head
     block_tables_ptr += sequence.to(tl.int64) * table_stride
 
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -207,9 +253,10 @@ def _paged_decode_kernel(
             pages, start, context, kv_heads * HEAD_DIM,
             HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
         )  # fmt: skip
+        k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
         pages = _pages(block_tables_ptr, start + BLOCK_N, context, PAGE, BLOCK_N)
         visible = (start + tl.arange(0, BLOCK_N) < context)[None, :]
-        acc, total, peak = _see(q, k, v, visible, scale, acc, total, peak)
+        acc, total, peak = _see(q, k, v, k_scales, v_scales, visible, scale, acc, total, peak)
 
     out = acc * (1 / tl.where(total > 0, total, 1.0))[:, None]  # zeros for a sequence without keys
     if partial_ptr is None:
@@ -249,8 +296,8 @@ def _join_splits_kernel(
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     block_tables: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
@@ -261,7 +308,8 @@ def paged_attention(
 
     q: (num_tokens, heads, d), the new tokens of all sequences one after the other; query head h reads KV head
     h // (heads / kv_heads). k_cache, v_cache: (num_blocks, block_size, kv_heads, d), contiguous on a GPU, block_size a
-    power of two; on a CPU with evenly spaced slots, best with the tokens of each head together, kv_heads outermost.
+    power of two; on a CPU with evenly spaced slots, best with the tokens of each head together, kv_heads outermost; or
+    `QuantizedCache`s.
     block_tables: (num_seqs, max_blocks) int32, the blocks of each sequence in order, anything behind the last it needs.
     cu_seqlens_q: (num_seqs + 1,) int32 from 0 to num_tokens; sequence i has the tokens cu_seqlens_q[i] ..
     cu_seqlens_q[i + 1]. context_lens: (num_seqs,) int32, its keys, those of the new tokens being the last; without any,
@@ -279,19 +327,20 @@ def paged_attention(
             f"paged_attention: block tables {tuple(block_tables.shape)}, borders {tuple(cu_seqlens_q.shape)} "
             f"and contexts {tuple(context_lens.shape)} are not of the same sequences"
         )
-    target = target_of(q, k_cache)
+    target = target_of(q, codes_of(k_cache))
     if target is None:
         return paged_attention_reference(
             *(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens), max_seqlen_q=max_seqlen_q
         )
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()) or block_size & (block_size - 1):
-        raise ValueError(f"paged_attention: caches of strides {k_cache.stride()} in blocks of {block_size}")
+        raise ValueError(f"paged_attention: caches of strides {codes_of(k_cache).stride()} in blocks of {block_size}")
     operation = "paged_prefill" if max_seqlen_q > 1 else "paged_decode"
     padded = max(next_power_of_2(head_dim), NARROWEST)
     if q.dtype == torch.float32:
         choice = PRECISE[operation]
     else:
-        choice = choose(operation, target, head_dim=padded, group=heads // kv_heads)
+        table = f"{operation}_int8" if isinstance(k_cache, QuantizedCache) else operation
+        choice = choose(table, target, head_dim=padded, group=heads // kv_heads)
     tensors = (q.contiguous(), k_cache, v_cache, block_tables, cu_seqlens_q, context_lens)
     if max_seqlen_q > 1:
         return _launch_prefill(*tensors, max_seqlen_q, choice)
@@ -300,8 +349,8 @@ def paged_attention(
 
 def _launch_prefill(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     block_tables: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
@@ -313,7 +362,8 @@ def _launch_prefill(
     launch(
         _paged_prefill_kernel,
         (kv_heads, context_lens.shape[0], cdiv(max_seqlen_q * constants["GROUP"], choice["BLOCK_M"])),
-        *(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, out),
+        *(q, codes_of(k_cache), codes_of(v_cache), scales_of(k_cache), scales_of(v_cache)),
+        *(block_tables, cu_seqlens_q, context_lens, out),
         *(block_tables.stride(0), kv_heads),
         _scale(q),
         num_warps=choice["num_warps"],
@@ -327,8 +377,8 @@ def _launch_prefill(
 
 def _launch_decode(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     block_tables: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
@@ -350,7 +400,8 @@ def _launch_decode(
     launch(
         _paged_decode_kernel,
         (kv_heads, num_splits, num_seqs),
-        *(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens),
+        *(q, codes_of(k_cache), codes_of(v_cache), scales_of(k_cache), scales_of(v_cache)),
+        *(block_tables, cu_seqlens_q, context_lens),
         *(out, partial, log_total),
         *(block_tables.stride(0), kv_heads),
         _scale(q),
@@ -375,7 +426,7 @@ def _launch_decode(
     return out
 
 
-def _constants(q: Tensor, k_cache: Tensor) -> dict[str, Any]:
+def _constants(q: Tensor, k_cache: Cache) -> dict[str, Any]:
     head_dim = q.shape[2]
     return {
         "HEAD_DIM": head_dim,
@@ -392,8 +443,8 @@ def _scale(q: Tensor) -> float:
 
 def paged_attention_reference(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     block_tables: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
@@ -401,8 +452,7 @@ def paged_attention_reference(
     max_seqlen_q: int,
 ) -> Tensor:
     num_tokens, heads, head_dim = q.shape
-    _, block_size, kv_heads, _ = k_cache.shape
-    keys, values = (cache.view(1, -1, kv_heads, head_dim).transpose(1, 2) for cache in (k_cache, v_cache))
+    block_size, kv_heads = k_cache.shape[1:3]
     decoding = max_seqlen_q == 1 and num_tokens == len(context_lens)
     if decoding:
         # The queries of a KV head attend as if they were its tokens: keys are read once, and nothing is masked.
@@ -415,17 +465,19 @@ def paged_attention_reference(
             out.append(torch.zeros_like(new))
             continue
         blocks = table[: cdiv(context, block_size)]
-        first = blocks[0]
-        if blocks == list(range(first, first + len(blocks))):  # neighbours are read in place
-            k, v = keys.narrow(2, first * block_size, context), values.narrow(2, first * block_size, context)
-        else:
-            k, v = _gathered(k_cache, blocks, context), _gathered(v_cache, blocks, context)
+        k, v = (_keys(cache, blocks, context, q.dtype) for cache in (k_cache, v_cache))
         attend = F.scaled_dot_product_attention if decoding else causal_attention_reference
         out.append(attend(new, k, v))
     return (out[0] if len(out) == 1 else torch.cat(out, dim=0 if decoding else 1)).reshape(q.shape)
 
 
-def _gathered(cache: Tensor, blocks: list[int], context: int) -> Tensor:
-    """(1, kv_heads, context, d)."""
-    chosen = cache.index_select(0, torch.tensor(blocks, device=cache.device))
+def _keys(cache: Cache, blocks: list[int], context: int, dtype: torch.dtype) -> Tensor:
+    """The keys or values of a sequence: (1, kv_heads, context, d)."""
+    first = blocks[0]
+    if blocks == list(range(first, first + len(blocks))):  # neighbours are read in place
+        chosen = cache[first : first + len(blocks)]
+    else:
+        chosen = cache[torch.tensor(blocks, device=cache.device)]
+    if isinstance(chosen, QuantizedCache):
+        chosen = chosen.dequantize(dtype)
     return chosen.flatten(0, 1)[None, :context].transpose(1, 2)

@@ -69,15 +69,19 @@ class Resources:
     opcodes: Mapping[str, int]
 
 
-def read_resources(cubin: bytes, arch: Arch, shared: int, warps: int) -> Resources:
-    """`shared` and `warps` are what the launch will ask for: a binary does not tell."""
+def read_resources(cubin: bytes, arch: Arch, shared: int, warps: int, function: str | None = None) -> Resources:
+    """`shared` and `warps` are what the launch will ask for: a binary does not tell. `function`: which of several."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        listing = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        if function is None:
+            usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+            listing = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        else:
+            usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", "-fun", function, file.name)
+            listing = _run(knobs.nvidia.cuobjdump.path, "-sass", "-fun", function, file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump tells no registers: {usage!r}")

@@ -3,8 +3,8 @@
 Channels j and j + d/2 turn together by the angle position * inv_freq[j]. The tables are made in fp32 and cast to the
 activations' dtype before the multiply, as the released models do.
 Fused, one pass over a token's projection [q | k | v]: RMSNorm of each head of q and k where the model has it, the
-rotation of both, and k and v written to the token's slot of the cache. Separate kernels read and write q and k three
-times.
+rotation of both, and k and v written to the token's slot of the cache, in 8 bits with a scale for each head where the
+cache is so. Separate kernels read and write q and k three times.
 """
 
 import torch
@@ -14,6 +14,8 @@ from .dispatch import target_of
 from .language import cdiv, jit, kernel, next_power_of_2, tl
 from .launch import launch
 from .norm import rms_norm_reference
+from .quantize import magnitude, scale_of, to_codes
+from .quantized_cache import Cache, codes_of, scales_of, write_reference
 
 PROGRAM_CHANNELS = 1024  # of each half of the heads: 16 bytes of bf16 a load for each of 128 threads
 
@@ -28,6 +30,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 def _rope_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slot_mapping_ptr,  # without norms these two are None
     q_ptr, k_cache_ptr, v_cache_ptr,
+    k_scales_ptr, v_scales_ptr,  # None unless the caches are int8
     num_heads, kv_heads,
     eps,
     HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -70,14 +73,23 @@ def _rope_and_cache_kernel(
     tl.store(q_ptr + offsets, left, mask=of_q)
     tl.store(q_ptr + offsets + half, right, mask=of_q)
     if slot >= 0:
+        if k_scales_ptr is not None:
+            x, y = left.to(tl.float32), right.to(tl.float32)
+            scales, factors = scale_of(tl.maximum(tl.max(magnitude(x), 1), tl.max(magnitude(y), 1)), tl.int8)
+            cached_left, cached_right = to_codes(x * factors[:, None], tl.int8), to_codes(y * factors[:, None], tl.int8)
+            is_k, is_v = (heads >= first_k) & (heads < first_v), (heads >= first_v) & (heads < end)
+            tl.store(k_scales_ptr + slot * kv_heads + heads - first_k, scales, mask=is_k)
+            tl.store(v_scales_ptr + slot * kv_heads + heads - first_v, scales, mask=is_v)
+        else:
+            cached_left, cached_right = left, right
         k_cache_ptr += (slot * kv_heads - first_k) * HEAD_DIM
         v_cache_ptr += (slot * kv_heads - first_v) * HEAD_DIM
         of_k = inside & ((heads >= first_k) & (heads < first_v))[:, None]
         of_v = inside & (heads >= first_v)[:, None]
-        tl.store(k_cache_ptr + offsets, left, mask=of_k)
-        tl.store(k_cache_ptr + offsets + half, right, mask=of_k)
-        tl.store(v_cache_ptr + offsets, left, mask=of_v)
-        tl.store(v_cache_ptr + offsets + half, right, mask=of_v)
+        tl.store(k_cache_ptr + offsets, cached_left, mask=of_k)
+        tl.store(k_cache_ptr + offsets + half, cached_right, mask=of_k)
+        tl.store(v_cache_ptr + offsets, cached_left, mask=of_v)
+        tl.store(v_cache_ptr + offsets + half, cached_right, mask=of_v)
 
 
 def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,8 +119,8 @@ def rope_and_cache(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     slot_mapping: Tensor,
     num_heads: int,
     *,
@@ -121,7 +133,8 @@ def rope_and_cache(
     qkv: (num_tokens, (num_heads + 2 kv_heads) d), contiguous [q | k | v], left as it is; cos, sin: (num_tokens, d), the
     rows of `rotary_table`; slot_mapping: (num_tokens,) int64, -1 where a token is not to be cached.
     k_cache, v_cache: (num_blocks, block_size, kv_heads, d), contiguous on a GPU, elsewhere with evenly spaced slots;
-    slot = block * block_size + offset. q_norm, k_norm: (d,) weights of an RMSNorm of each head before the rotation.
+    slot = block * block_size + offset; or `QuantizedCache`s. q_norm, k_norm: (d,) weights of an RMSNorm of each head
+    before the rotation.
     """
     num_tokens, channels = qkv.shape
     kv_heads, head_dim = k_cache.shape[2:]
@@ -137,7 +150,7 @@ def rope_and_cache(
         )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_cache: q_norm and k_norm come together")
-    target = target_of(qkv, k_cache, *(weight for weight in (q_norm, k_norm) if weight is not None))
+    target = target_of(qkv, codes_of(k_cache), *(weight for weight in (q_norm, k_norm) if weight is not None))
     if target is None:
         return rope_and_cache_reference(
             *(qkv, cos, sin, k_cache, v_cache, slot_mapping, num_heads), q_norm=q_norm, k_norm=k_norm, eps=eps
@@ -152,7 +165,8 @@ def rope_and_cache(
         _rope_and_cache_kernel,
         (num_tokens, cdiv(heads, block_heads)),
         *(qkv, cos, sin, q_norm, k_norm, slot_mapping),
-        *(q, k_cache, v_cache),
+        *(q, codes_of(k_cache), codes_of(v_cache)),
+        *(scales_of(k_cache), scales_of(v_cache)),
         *(num_heads, kv_heads),
         eps,
         num_warps=max(block_heads * block_half // 256, 1),
@@ -167,8 +181,8 @@ def rope_and_cache_reference(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     slot_mapping: Tensor,
     num_heads: int,
     *,
@@ -186,6 +200,6 @@ def rope_and_cache_reference(
     if min(slot_mapping.tolist(), default=0) < 0:
         cached = slot_mapping >= 0
         slot_mapping, k, v = slot_mapping[cached], k[cached], v[cached]
-    k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, v)
+    write_reference(k_cache, slot_mapping, k)
+    write_reference(v_cache, slot_mapping, v)
     return q

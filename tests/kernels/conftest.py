@@ -15,16 +15,17 @@ triton = pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True, scope="session")
 def exact_interpreter() -> None:
-    """Makes the interpreter treat bf16 as a GPU does.
+    """Makes the interpreter treat bf16 and e4m3 as a GPU does.
 
-    By itself it multiplies bf16 operands of `tl.dot` as raw bit patterns, and cuts fp32 off where it should round.
+    By itself it computes with bf16 as with raw bit patterns, and cuts fp32 off where it should round.
     """
     if torch.cuda.is_available():
         return
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
-    create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+    builder, convert = interpreter.InterpreterBuilder, interpreter._convert_float
+    create_dot, create_fsub, cast = builder.create_dot, builder.create_fsub, builder.cast_impl
 
     def convert_bf16(data, source, target, rounding_mode):
         if (source, target) == (tl.bfloat16, tl.float32):
@@ -33,6 +34,8 @@ def exact_interpreter() -> None:
             bits = data.view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
             return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            return torch.from_numpy(np.asarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(data, source, target, rounding_mode)
 
     def widen(handle):
@@ -41,8 +44,21 @@ def exact_interpreter() -> None:
         data = convert_bf16(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
+    def narrow(handle):
+        return interpreter.TensorHandle(convert_bf16(handle.data, tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+    def subtract(self, a, b):
+        difference = create_fsub(self, widen(a), widen(b))
+        return narrow(difference) if a.dtype.scalar == tl.bfloat16 else difference
+
+    def from_integer(self, source, target):
+        if target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        return narrow(interpreter.TensorHandle(source.data.astype(np.float32), tl.float32))
+
     interpreter._convert_float = convert_bf16
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, widen(a), widen(b), *rest)
+    builder.create_dot = lambda self, a, b, *rest: create_dot(self, widen(a), widen(b), *rest)
+    builder.create_fsub, builder.create_si_to_fp, builder.create_ui_to_fp = subtract, from_integer, from_integer
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,6 +8,7 @@ from torch import Tensor
 from vitrail.kernels import dispatch
 from vitrail.kernels.gemm import CONFIGS, PARTS, Epilogue, fused_linear, gemm
 
+from .access import forbid_access_outside
 from .measure import assert_errs_like, on, random, relative_error
 
 # Tiles so small that small sizes have many, in several groups of rows, and some for every one of four multiprocessors.
@@ -48,30 +49,6 @@ def multiply(epilogue: Epilogue, choice: dispatch.Choice, x: Tensor, weight: Ten
         if not x.is_cuda:
             forbid_access_outside(own, patch)
         return gemm(epilogue, target, x, weight, bias, choice)
-
-
-def forbid_access_outside(tensors: list[Tensor], patch: pytest.MonkeyPatch) -> None:
-    """Makes the interpreter check what it otherwise does not: that every access stays within one of the tensors."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def check(ptrs, mask) -> None:
-        addresses = ptrs.data[mask.data].astype("int64")
-        if addresses.size:
-            first, last = addresses.min(), addresses.max()
-            assert any(t.data_ptr() <= first and last <= t[(-1,) * t.ndim].data_ptr() for t in tensors)
-
-    def checked_load(self, ptrs, mask, *rest, **options):
-        check(ptrs, mask)
-        return load(self, ptrs, mask, *rest, **options)
-
-    def checked_store(self, ptrs, value, mask, *rest, **options):
-        check(ptrs, mask)
-        return store(self, ptrs, value, mask, *rest, **options)
-
-    patch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
-    patch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
 
 
 @settings(max_examples=8)

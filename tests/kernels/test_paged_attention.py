@@ -10,6 +10,8 @@ from vitrail.kernels import dispatch, paged_attention
 from vitrail.kernels.attention import causal_attention_reference
 from vitrail.kernels.dispatch import Choice
 from vitrail.kernels.paged_attention import CONFIGS, paged_attention_reference
+from vitrail.kernels.quantize import quantize_rows_reference
+from vitrail.kernels.quantized_cache import Cache, QuantizedCache, codes_of
 from vitrail.kernels.signature import Launch
 
 from .measure import FP32_BOUND, assert_errs_like, random, relative_error
@@ -27,7 +29,7 @@ class Batch:
     """Sequences in shuffled pages. What they do not use is NaN: other pages, and the end of each one's last page."""
 
     q: Tensor
-    caches: tuple[Tensor, Tensor]
+    caches: tuple[Cache, Cache]
     block_tables: Tensor
     cu_seqlens_q: Tensor
     context_lens: Tensor
@@ -96,6 +98,16 @@ class Batch:
                     out[token] = torch.einsum("hn,nhd->hd", scores.softmax(1), v)
         return out
 
+    def in_8_bits(self) -> "Batch":
+        """With int8 caches, and the keys and values that these stand for."""
+        caches, numbers = [], []
+        for cache, parts in zip(self.caches, (self.keys, self.values), strict=True):
+            rows = quantize_rows_reference(codes_of(cache))
+            assert rows.scales is not None
+            caches.append(QuantizedCache(rows.codes, rows.scales))  # where it was NaN, a scale is
+            numbers.append([quantize_rows_reference(part).dequantize() for part in parts])
+        return replace(self, caches=tuple(caches), keys=numbers[0], values=numbers[1])
+
     def check(self) -> None:
         """The launcher errs at most twice as much as plain torch in the same dtype."""
         result = self.run()
@@ -118,7 +130,7 @@ def test_reference_takes_caches_that_keep_the_tokens_of_a_head_together() -> Non
     for shuffled in (False, True):
         batch = Batch.of(RAGGED, heads=6, kv_heads=2, d=8, page=16, shuffled=shuffled)
         # (kv_heads, num_blocks, block_size, d) in memory: what a CPU reads fastest.
-        k, v = (cache.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for cache in batch.caches)
+        k, v = (codes_of(cache).permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for cache in batch.caches)
         assert relative_error(replace(batch, caches=(k, v)).reference(), batch.exact()) < FP32_BOUND
 
 
@@ -272,7 +284,9 @@ def test_a_sequence_gets_in_a_batch_what_it_gets_alone(any_device) -> None:
 def test_scores_may_be_beyond_what_an_exponential_can_hold(any_device, new, sign) -> None:
     batch = Batch.of([(new, 40)], heads=2, kv_heads=1, d=16, page=16, dtype=torch.float16, device=any_device)
     keys, values = batch.caches
-    loud = replace(batch, q=batch.q.abs() * sign * 200, caches=(keys.abs(), values), keys=[k.abs() for k in batch.keys])
+    loud = replace(
+        batch, q=batch.q.abs() * sign * 200, caches=(codes_of(keys).abs(), values), keys=[k.abs() for k in batch.keys]
+    )
     with dispatch.override("paged_decode", decoding()):
         loud.check()
 
@@ -303,6 +317,60 @@ def test_few_sequences_are_split_and_many_are_not() -> None:
     assert recorded(num_seqs=64, max_blocks=32) == ["_paged_decode_kernel"]
 
 
+# --- caches of 8 bits ---
+
+
+@pytest.mark.parametrize("sequences", [RAGGED, DECODED])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_reference_reads_caches_of_8_bits(sequences, shuffled) -> None:
+    batch = Batch.of(sequences, heads=6, kv_heads=2, d=8, page=16, shuffled=shuffled).in_8_bits()
+    assert relative_error(batch.reference(), batch.exact()) < FP32_BOUND
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequences", [RAGGED, DECODED], ids=["prefill", "decode"])
+def test_caches_of_8_bits_cost_no_more_than_what_they_stand_for(any_device, dtype, sequences) -> None:
+    batch = Batch.of(sequences, heads=6, kv_heads=2, d=32, page=32, dtype=dtype, device=any_device).in_8_bits()
+    with dispatch.override("paged_prefill_int8", paged_attention._prefill(32, 16, 4, 2)):
+        for programs_per_sm in (0, 2):
+            choice = paged_attention._decode(32, 4, 2, programs_per_sm)
+            with dispatch.override("paged_decode_int8", choice):
+                batch.check()
+
+
+@pytest.mark.parametrize("operation", ["paged_prefill_int8", "paged_decode_int8"])
+def test_every_candidate_of_the_tuner_reads_caches_of_8_bits(device, operation) -> None:
+    target = dispatch.target_of(torch.zeros(1, device=device))
+    assert target is not None
+    sequences = [(20, 90), (1, 70)] if "prefill" in operation else [(1, 90), (1, 200)]
+    batch = Batch.of(sequences, heads=7, kv_heads=1, d=64, page=64, dtype=torch.bfloat16, device=device).in_8_bits()
+    for choice in CONFIGS[operation][target.arch]:
+        with dispatch.override(operation, choice):
+            batch.check()
+
+
+@settings(max_examples=8)
+@given(
+    contexts=st.lists(st.integers(0, 100), min_size=1, max_size=2),
+    new=st.integers(1, 6),
+    group=st.integers(1, 8),
+    page=st.sampled_from([1, 8, 64]),
+    block_n=st.sampled_from([16, 32]),
+)
+def test_caches_of_8_bits_may_have_any_lengths_groups_and_pages(
+    interpreted, contexts, new, group, page, block_n
+) -> None:
+    sequences = [(new if context >= new else 1, context) for context in contexts]
+    batch = Batch.of(sequences, heads=2 * group, kv_heads=2, d=16, page=page, dtype=torch.float16).in_8_bits()
+    prefill, decode = paged_attention._prefill(32, block_n, 4, 2), decoding(block_n)
+    with (
+        dispatch.override("paged_prefill_int8", prefill),
+        dispatch.override("paged_decode_int8", decode),
+        interpreted(),
+    ):
+        batch.check()
+
+
 # --- refusals ---
 
 
@@ -316,7 +384,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 def test_kernels_want_whole_caches_in_pages_of_a_power_of_two(any_device) -> None:
     batch = Batch.of([(1, 2)], heads=4, kv_heads=2, d=8, page=16, device=any_device)
-    spread = tuple(cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in batch.caches)
+    spread = tuple(codes_of(cache).transpose(1, 2).contiguous().transpose(1, 2) for cache in batch.caches)
     with pytest.raises(ValueError, match="caches of strides"):
         replace(batch, caches=spread).run()
     with pytest.raises(ValueError, match="blocks of 3"):

@@ -8,18 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail.kernels import quantized_linear
+from vitrail.kernels import cpu_weight
 from vitrail.kernels.cpu_extension import extension, missing_because
-from vitrail.kernels.quantized_linear import (
-    PackedWeight,
-    int4_linear,
-    int4_linear_reference,
-    int8_linear,
-    int8_linear_reference,
-    pack_int4,
-    pack_int8,
-    round_activations,
-)
+from vitrail.kernels.cpu_weight import CpuWeight, round_activations
+from vitrail.kernels.quantized_linear import int4_linear_reference, int8_linear_reference, pack_int4, pack_int8
 
 from .measure import FP32_BOUND, random
 
@@ -117,7 +109,7 @@ def test_rounding_activations_adds_little_to_what_4_bits_cost(outlier: float) ->
     quantised = (grouped / scale[..., None]).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(1)
     dequantised = ((quantised.unflatten(1, (7, 128)).double() - 8) * scale[..., None]).flatten(1)
     of_weights = mean_error(x.double() @ dequantised.T, exact)
-    both = mean_error(int4_linear(x, pack_int4(quantised, scale)), exact)
+    both = mean_error(pack_int4(quantised, scale).linear(x), exact)
     assert both < 1.05 * of_weights
 
 
@@ -130,7 +122,7 @@ def test_rounding_activations_adds_little_to_what_4_bits_cost(outlier: float) ->
 def test_int8_is_the_formula(rows: int, width: int, out: int, with_bias: bool, isa: str) -> None:
     x, weight, bias = random(rows, width), codes(out, width, 8), random(out, seed=2) if with_bias else None
     scale = scales(out, 1)
-    result = pack_int8(signed(weight), scale[:, 0]).linear(x, bias, isa)
+    result = pack_int8(signed(weight), scale[:, 0]).linear(x, bias, isa=isa)
     assert mean_error(result, exact_linear(x, weight, scale, None, 8, bias)) < FP32_BOUND
 
 
@@ -141,14 +133,14 @@ def test_int4_is_the_formula(rows: int, width: int, out: int, group: int, with_z
     x, weight, bias = random(rows, width), codes(out, width, 4), random(out, seed=2)
     scale = scales(out, width // group)
     zeros = codes(out, width // group, 4, seed=5) if with_zeros else None
-    result = pack_int4(weight, scale, zeros).linear(x, bias, isa)
+    result = pack_int4(weight, scale, zeros).linear(x, bias, isa=isa)
     assert mean_error(result, exact_linear(x, weight, scale, zeros, 4, bias)) < FP32_BOUND
 
 
 @every_isa
 def test_8_bits_with_groups_and_zeros_are_the_formula(isa: str) -> None:
     x, weight, scale, zeros = random(6, 96), codes(20, 96, 8), scales(20, 4), codes(20, 4, 8, seed=5)
-    result = PackedWeight(weight, scale, zeros, bits=8).linear(x, None, isa)
+    result = CpuWeight(weight, scale, zeros, bits=8).linear(x, None, isa=isa)
     assert mean_error(result, exact_linear(x, weight, scale, zeros, 8, None)) < FP32_BOUND
 
 
@@ -158,7 +150,7 @@ def test_8_bits_with_groups_and_zeros_are_the_formula(isa: str) -> None:
 def test_the_largest_products_do_not_saturate(bits: int, code: int, isa: str) -> None:
     weight = torch.full((16, 256), code % (1 << bits), dtype=torch.uint8)
     x = torch.tensor([[127.0], [-127.0]]).expand(2, 256)
-    result = PackedWeight(weight, torch.ones(16, 1), None, bits).linear(x, None, isa)
+    result = CpuWeight(weight, torch.ones(16, 1), None, bits).linear(x, None, isa=isa)
     value = (code % (1 << bits) - (1 << bits - 1)) * 127 * 256
     assert result.tolist() == [[value] * 16, [-value] * 16]
 
@@ -168,31 +160,31 @@ def test_the_largest_products_do_not_saturate(bits: int, code: int, isa: str) ->
 def test_every_number_of_rows_gives_each_row_its_own_result(bits: int, isa: str) -> None:
     """To the last bit: decode and prefill, alone and in a batch, on every instruction set."""
     x, weight, scale = random(30, 160), codes(40, 160, bits), scales(40, 4)
-    packed = PackedWeight(weight, scale, codes(40, 4, bits, seed=5), bits)
-    alone = torch.cat([packed.linear(row[None], None, "portable") for row in x])
+    packed = CpuWeight(weight, scale, codes(40, 4, bits, seed=5), bits)
+    alone = torch.cat([packed.linear(row[None], None, isa="portable") for row in x])
     for rows in range(1, 31):
-        assert torch.equal(packed.linear(x[:rows], None, isa), alone[:rows])
+        assert torch.equal(packed.linear(x[:rows], None, isa=isa), alone[:rows])
 
 
 @every_isa
 @pytest.mark.parametrize("bits", [8, 4])
 def test_threads_change_nothing(bits: int, isa: str, threads: None) -> None:
-    x, packed = random(37, 256), PackedWeight(codes(1000, 256, bits), scales(1000, 2), None, bits)
+    x, packed = random(37, 256), CpuWeight(codes(1000, 256, bits), scales(1000, 2), None, bits)
     torch.set_num_threads(1)
-    expected = packed.linear(x, None, isa)
+    expected = packed.linear(x, None, isa=isa)
     for count in (2, 3, 7):
         torch.set_num_threads(count)
-        assert torch.equal(packed.linear(x, None, isa), expected)
+        assert torch.equal(packed.linear(x, None, isa=isa), expected)
 
 
 @every_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_rounded_at_the_end(dtype: torch.dtype, isa: str) -> None:
     x, bias = random(5, 123).to(dtype), random(35, seed=2).to(dtype)
-    packed = PackedWeight(codes(35, 123, 8), scales(35, 1), None, 8)
-    result = packed.linear(x, bias, isa)
+    packed = CpuWeight(codes(35, 123, 8), scales(35, 1), None, 8)
+    result = packed.linear(x, bias, isa=isa)
     assert result.dtype == dtype
-    assert torch.equal(result, packed.linear(x.float(), bias.float(), isa).to(dtype))
+    assert torch.equal(result, packed.linear(x.float(), bias.float(), isa=isa).to(dtype))
 
 
 @every_isa
@@ -200,10 +192,10 @@ def test_half_precision_is_float32_rounded_at_the_end(dtype: torch.dtype, isa: s
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_spoils_its_own_row(bad: float, dtype: torch.dtype, isa: str) -> None:
     x = random(20, 64).to(dtype)
-    packed = PackedWeight(codes(24, 64, 4), scales(24, 2), None, 4)
-    expected = packed.linear(x, None, isa)
+    packed = CpuWeight(codes(24, 64, 4), scales(24, 2), None, 4)
+    expected = packed.linear(x, None, isa=isa)
     x[7, 40] = bad
-    result = packed.linear(x, None, isa)
+    result = packed.linear(x, None, isa=isa)
     assert result[7].isnan().all()
     rest = [row for row in range(20) if row != 7]
     assert torch.equal(result[rest], expected[rest])
@@ -212,9 +204,9 @@ def test_what_is_not_finite_spoils_its_own_row(bad: float, dtype: torch.dtype, i
 @every_isa
 def test_rows_of_zeros_and_of_almost_zeros_give_the_bias(isa: str) -> None:
     bias = random(24, seed=2)
-    packed = PackedWeight(codes(24, 64, 8), scales(24, 1), None, 8)
-    assert torch.equal(packed.linear(torch.zeros(3, 64), bias, isa), bias.expand(3, 24))
-    assert torch.equal(packed.linear(torch.full((3, 64), 1e-38), bias, isa), bias.expand(3, 24))
+    packed = CpuWeight(codes(24, 64, 8), scales(24, 1), None, 8)
+    assert torch.equal(packed.linear(torch.zeros(3, 64), bias, isa=isa), bias.expand(3, 24))
+    assert torch.equal(packed.linear(torch.full((3, 64), 1e-38), bias, isa=isa), bias.expand(3, 24))
 
 
 # The launchers
@@ -228,29 +220,29 @@ def test_the_launchers_agree_with_their_references_with_and_without_the_extensio
     weight4, scale4, zeros = codes(10, 64, 4), scales(10, 2), codes(10, 2, 4, seed=5)
     int8 = int8_linear_reference(x, weight, scale, bias)
     int4 = int4_linear_reference(x, weight4, scale4, zeros, bias)
-    assert mean_error(int8_linear(x, pack_int8(weight, scale), bias), int8.double()) < FP32_BOUND
-    assert mean_error(int4_linear(x, pack_int4(weight4, scale4, zeros), bias), int4.double()) < FP32_BOUND
-    monkeypatch.setattr(quantized_linear, "extension", None)
-    assert torch.equal(int8_linear(x, pack_int8(weight, scale), bias), int8)
-    assert torch.equal(int4_linear(x, pack_int4(weight4, scale4, zeros), bias), int4)
+    assert mean_error(pack_int8(weight, scale).linear(x, bias), int8.double()) < FP32_BOUND
+    assert mean_error(pack_int4(weight4, scale4, zeros).linear(x, bias), int4.double()) < FP32_BOUND
+    monkeypatch.setattr(cpu_weight, "extension", None)
+    assert torch.equal(pack_int8(weight, scale).linear(x, bias), int8)
+    assert torch.equal(pack_int4(weight4, scale4, zeros).linear(x, bias), int4)
 
 
 def test_leading_dimensions_strides_and_no_rows_are_kept() -> None:
-    packed = PackedWeight(codes(7, 16, 8), scales(7, 1), None, 8)
+    packed = CpuWeight(codes(7, 16, 8), scales(7, 1), None, 8)
     x = random(2, 3, 16)
     strided = random(2, 3, 32)[..., ::2].copy_(x)
-    assert int8_linear(x, packed).shape == (2, 3, 7)
-    assert torch.equal(int8_linear(strided, packed), int8_linear(x, packed))
-    assert torch.equal(int8_linear(x[1, 2], packed), int8_linear(x, packed)[1, 2])
-    assert int8_linear(x[:0], packed).shape == (0, 3, 7)
+    assert packed.linear(x).shape == (2, 3, 7)
+    assert torch.equal(packed.linear(strided), packed.linear(x))
+    assert torch.equal(packed.linear(x[1, 2]), packed.linear(x)[1, 2])
+    assert packed.linear(x[:0]).shape == (0, 3, 7)
 
 
 def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
     packed = pack_int4(codes(10, 64, 4), scales(10, 2))
     with pytest.raises(ValueError, match=r"x has 63 channels, the weight is \(10, 64\)"):
-        int4_linear(random(2, 63), packed)
+        packed.linear(random(2, 63))
     with pytest.raises(ValueError, match=r"bias \(9,\)"):
-        int4_linear(random(2, 64), packed, random(9))
+        packed.linear(random(2, 64), random(9))
     with pytest.raises(ValueError, match=r"scales \(10, 3\) do not fit a weight \(10, 64\)"):
         pack_int4(codes(10, 64, 4), scales(10, 3))
     with pytest.raises(ValueError, match=r"scales \(9, 2\) do not fit"):
@@ -259,7 +251,7 @@ def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
         pack_int4(codes(10, 48, 4), scales(10, 4))
     with pytest.raises(ValueError, match=r"zeros must be integers \(10, 2\), got torch.float32"):
         pack_int4(codes(10, 64, 4), scales(10, 2), scales(10, 2))
-    with pytest.raises(ValueError, match=r"must be int8, got torch\.uint8"):
+    with pytest.raises(ValueError, match=r"must be torch.int8, got torch\.uint8"):
         pack_int8(codes(10, 64, 8), scales(10, 1)[:, 0])
     with pytest.raises(ValueError, match=r"codes must be uint8 below 16, got torch\.int32"):
         pack_int4(codes(10, 64, 4).int(), scales(10, 2))
@@ -272,7 +264,7 @@ def test_sizes_and_types_that_do_not_fit_are_refused() -> None:
 @needs_extension
 def test_python_threads_can_multiply_at_the_same_time(threads: None) -> None:
     torch.set_num_threads(3)
-    packed = PackedWeight(codes(600, 512, 8), scales(600, 1), None, 8)
+    packed = CpuWeight(codes(600, 512, 8), scales(600, 1), None, 8)
     inputs = [random(5, 512, seed=seed) for seed in range(4)]
     expected = [packed.linear(x, None) for x in inputs]
     wrong: list[int] = []

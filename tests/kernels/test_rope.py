@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vitrail.kernels.norm import rms_norm_reference
+from vitrail.kernels.quantized_cache import QuantizedCache
 from vitrail.kernels.rope import (
     apply_rope,
     apply_rope_reference,
@@ -257,6 +258,53 @@ def test_the_fused_kernel_takes_any_heads_slots_and_pages(
     step = Step.of(slots, heads=heads, kv_heads=kv_heads, d=2 * half, page=page, normed=normed)
     with interpreted():
         check_kernel(step)
+
+
+def check_8_bits(step: Step, operation=rope_and_cache) -> None:
+    """Caches of int8 get the nearest codes of what others get, a scale for each token and head, and nothing else."""
+    caches = [
+        QuantizedCache(
+            torch.full_like(cache, -128, dtype=torch.int8),
+            torch.full_like(cache[..., 0], torch.nan, dtype=torch.float32),
+        )
+        for cache in step.caches
+    ]
+    q_norm, k_norm = step.norms or (None, None)
+    arguments = (step.qkv, step.cos, step.sin, *caches, step.slots, step.num_heads)
+    q = operation(*arguments, q_norm=q_norm, k_norm=k_norm, eps=1e-5)
+    expected, *plain = step.run(operation)
+    assert torch.equal(q, expected)
+    for cache, numbers in zip(caches, plain, strict=True):
+        codes, scales, written = cache.codes.flatten(0, 1), cache.scales.flatten(0, 1), step.slots[step.slots >= 0]
+        exact, scale = numbers[written].double(), scales[written].double().unsqueeze(-1)
+        torch.testing.assert_close(scale * 127, exact.abs().amax(-1, keepdim=True), rtol=1e-5, atol=0)
+        assert ((codes[written] * scale - exact).abs() <= 0.5001 * scale).all()
+        untouched = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
+        untouched[written] = False
+        assert codes[untouched].eq(-128).all()
+        assert scales[untouched].isnan().all()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(1, 1, 2), (48, 8, 128), (14, 2, 64), (20, 3, 128), (5, 5, 96)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_caches_of_8_bits_get_codes_and_scales(any_device, heads, kv_heads, d, normed) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        step = Step.of([70, 3, -1], heads=heads, kv_heads=kv_heads, d=d, normed=normed, dtype=dtype, device=any_device)
+        check_8_bits(step)
+        check_8_bits(step, rope_and_cache_reference)
+
+
+@settings(max_examples=8)
+@given(
+    tokens=st.integers(1, 4),
+    heads=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    half=st.integers(1, 20),
+    page=st.sampled_from([1, 2, 16]),
+)
+def test_caches_of_8_bits_take_any_heads_and_pages(interpreted, tokens, heads, kv_heads, half, page) -> None:
+    with interpreted():
+        check_8_bits(Step.of([7, 0, 30, 2][:tokens], heads=heads, kv_heads=kv_heads, d=2 * half, page=page))
 
 
 def test_what_does_not_fit_a_cache_is_refused(any_device) -> None:
