@@ -3,13 +3,17 @@
 `checkpoint_map` is the one statement of it: loading, `expected_tensors` and the export of a trained model all read it.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from types import EllipsisType
 
 import torch
 from torch import Tensor
 
-from .config import ContrastiveConfig, DecoderConfig, InternVLConfig, ModelConfig, VisionConfig
+from .config import ContrastiveConfig, DecoderConfig, InternVLConfig, LlavaConfig, ModelConfig, VisionConfig
+
+# Before the names of the vision half in LLaVA's form.
+TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 
 @dataclass(frozen=True)
@@ -36,38 +40,132 @@ class Slot:
 def checkpoint_map(config: ModelConfig) -> dict[str, Slot]:
     """Every tensor of an official checkpoint and its place in the model that this config builds."""
     if isinstance(config, ContrastiveConfig):
-        return _contrastive_map(config)
+        return _contrastive_map(config) if config.num_query_tokens else _original_c_map(config)
     if isinstance(config, VisionConfig):
         return _vision_map(config, config.num_hidden_layers)
-    return _chat_map(config)
+    if isinstance(config, LlavaConfig):
+        return _llava_map(config)
+    return _transformers_map(config) if config.layout == "transformers" else _chat_map(config)
+
+
+def canonical_name(name: str, config: ModelConfig) -> str:
+    """The name that `checkpoint_map` has for a tensor.
+
+    The transformers-native form has been written in several spellings; that of its published checkpoints counts.
+    """
+    if not isinstance(config, InternVLConfig) or config.layout != "transformers":
+        return name
+    name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+    name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
+    name = re.sub(r"^model\.(?=vision_tower\.|multi_modal_projector\.)", "", name)
+    return re.sub(r"(?<=\d)\.attn\.(?=[qk]_norm\.)", ".attention.", name)
 
 
 def _chat_map(config: InternVLConfig) -> dict[str, Slot]:
+    slots = _prefixed("vision_model.", _vision_map(config.vision, config.vision_depth))
+    slots |= _prefixed("mlp1.", _projector_map(config, ("0", "1", "3")))
+    return slots | _prefixed("language_model.", _decoder_map(config.llm))
+
+
+def _transformers_map(config: InternVLConfig) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for name, slot in _vision_map(config.vision, config.vision_depth).items():
-        slots[f"vision_model.{name}"] = slot
+        layer, _, key = name.removeprefix("encoder.layers.").partition(".")
+        if name in _TRANSFORMERS_EMBEDDINGS:
+            slots[f"vision_tower.embeddings.{_TRANSFORMERS_EMBEDDINGS[name]}"] = slot
+        elif key.startswith("attn.qkv."):
+            kind = key.removeprefix("attn.qkv.")
+            rows = config.vision.hidden_size
+            for index, part in enumerate("qkv"):
+                third = replace(slot, shape=(rows, *slot.shape[1:]), start=index * rows)
+                slots[f"vision_tower.encoder.layer.{layer}.attention.{part}_proj.{kind}"] = third
+        else:
+            for official, native in _TRANSFORMERS_BLOCK.items():
+                key = re.sub(rf"^{official}\b", native, key)
+            slots[f"vision_tower.encoder.layer.{layer}.{key}"] = slot
+    slots |= _prefixed("multi_modal_projector.", _projector_map(config, ("layer_norm", "linear_1", "linear_2")))
+    return slots | _prefixed("language_model.", _decoder_map(config.llm))
+
+
+_TRANSFORMERS_EMBEDDINGS = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "position_embeddings",
+    "embeddings.patch_embedding.weight": "patch_embeddings.projection.weight",
+    "embeddings.patch_embedding.bias": "patch_embeddings.projection.bias",
+}
+_TRANSFORMERS_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "ls1": "lambda_1",
+    "ls2": "lambda_2",
+    "attn.proj": "attention.projection_layer",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
+}
+
+
+def _projector_map(config: InternVLConfig, names: tuple[str, str, str]) -> dict[str, Slot]:
+    """Tensors of the projector, its norm and two linear layers under the names that a form gives them."""
     shuffled, hidden = config.shuffle_factor**2 * config.vision.hidden_size, config.llm.hidden_size
-    for key, shape, parameter in (
-        ("0.weight", (shuffled,), "norm.weight"),
-        ("0.bias", (shuffled,), "norm.bias"),
-        ("1.weight", (hidden, shuffled), "linear_1.weight"),
-        ("1.bias", (hidden,), "linear_1.bias"),
-        ("3.weight", (hidden, hidden), "linear_2.weight"),
-        ("3.bias", (hidden,), "linear_2.bias"),
-    ):
-        slots[f"mlp1.{key}"] = Slot(shape, f"projector.{parameter}")
-    for name, slot in _decoder_map(config.llm).items():
-        slots[f"language_model.{name}"] = slot
+    norm, first, second = names
+    return {
+        f"{norm}.weight": Slot((shuffled,), "projector.norm.weight"),
+        f"{norm}.bias": Slot((shuffled,), "projector.norm.bias"),
+        f"{first}.weight": Slot((hidden, shuffled), "projector.linear_1.weight"),
+        f"{first}.bias": Slot((hidden,), "projector.linear_1.bias"),
+        f"{second}.weight": Slot((hidden, hidden), "projector.linear_2.weight"),
+        f"{second}.bias": Slot((hidden,), "projector.linear_2.bias"),
+    }
+
+
+def _llava_map(config: LlavaConfig) -> dict[str, Slot]:
+    hidden, vision_hidden = config.llm.hidden_size, config.vision.hidden_size
+    vision = _vision_map(config.vision, config.vision_depth)
+    if config.contrastive is None:
+        slots = _prefixed(TOWER_PREFIX, vision)
+        slots |= _mlp_map("model.mm_projector", "projector.mlp", vision_hidden, hidden, config)
+    else:
+        slots = _prefixed(f"{TOWER_PREFIX}vision_model.", vision)
+        for name, slot in _contrastive_map(config.contrastive).items():
+            if name.startswith(("qllama.model.layers.", "qllama.model.norm.", "query_tokens")):
+                slots[TOWER_PREFIX + name] = slot
+            elif not name.startswith("vision_model."):  # what reads and compares texts
+                slots[TOWER_PREFIX + name] = replace(slot, parameter=None, optional=True)
+        query_hidden = config.contrastive.llm.hidden_size
+        slots |= _mlp_map("model.mm_projector.mlp1", "projector.mlp", vision_hidden, hidden, config)
+        slots |= _mlp_map("model.mm_projector.mlp2", "projector.query_mlp", query_hidden, hidden, config)
+    return slots | _decoder_map(config.llm)
+
+
+def _mlp_map(source: str, target: str, in_features: int, out_features: int, config: LlavaConfig) -> dict[str, Slot]:
+    """Tensors of LLaVA's projector: layers are numbered together with the activations between them."""
+    if config.projector_depth == 1 and not config.projector_norm:
+        return _linear_map(source, f"{target}.layers.0", in_features, out_features)
+    slots: dict[str, Slot] = {}
+    if config.projector_norm:
+        slots = {f"{source}.0.{kind}": Slot((in_features,), f"{target}.norm.{kind}") for kind in ("weight", "bias")}
+    for layer in range(config.projector_depth):
+        number = 2 * layer + config.projector_norm
+        slots |= _linear_map(f"{source}.{number}", f"{target}.layers.{layer}", in_features, out_features)
+        in_features = out_features
     return slots
+
+
+def _linear_map(source: str, target: str, in_features: int, out_features: int) -> dict[str, Slot]:
+    return {
+        f"{source}.weight": Slot((out_features, in_features), f"{target}.weight"),
+        f"{source}.bias": Slot((out_features,), f"{target}.bias"),
+    }
+
+
+def _prefixed(prefix: str, slots: dict[str, Slot]) -> dict[str, Slot]:
+    return {prefix + name: slot for name, slot in slots.items()}
 
 
 def _contrastive_map(config: ContrastiveConfig) -> dict[str, Slot]:
     hidden, vision_hidden = config.llm.hidden_size, config.vision.hidden_size
-    slots: dict[str, Slot] = {}
-    for name, slot in _vision_map(config.vision, config.vision.num_hidden_layers).items():
-        slots[f"vision_model.{name}"] = slot
-    for name, slot in _decoder_map(config.llm, "qllama").items():
-        slots[f"qllama.{name}"] = slot
+    slots = _prefixed("vision_model.", _vision_map(config.vision, config.vision.num_hidden_layers))
+    slots |= _prefixed("qllama.", _decoder_map(config.llm, "qllama"))
     for layer in filter(config.has_cross_attention, range(config.llm.num_hidden_layers)):
         source, target = f"qllama.model.layers.{layer}.cross_attn", f"qllama.layers.{layer}.cross_attn"
         slots |= {
@@ -80,12 +178,38 @@ def _contrastive_map(config: ContrastiveConfig) -> dict[str, Slot]:
         }
     slots |= _pool_map("clip_projector", vision_hidden, config.embed_dim)
     slots |= _pool_map("clip_projector2", hidden, config.embed_dim)
+    slots["query_tokens"] = Slot((1, config.num_query_tokens, hidden), "query_tokens")
     return slots | {
-        "query_tokens": Slot((1, config.num_query_tokens, hidden), "query_tokens"),
-        "text_projection": Slot((hidden, config.embed_dim), "text_projection"),
-        "logit_scale": Slot((), "logit_scale"),
+        **_score_map(config),
         "itm_head.weight": Slot((2, hidden), "itm_head.weight"),
         "itm_head.bias": Slot((2,), "itm_head.bias"),
+    }
+
+
+def _original_c_map(config: ContrastiveConfig) -> dict[str, Slot]:
+    """The tensors of InternVL-C's original file: a timm-like ViT and a bare LLaMA."""
+    slots: dict[str, Slot] = {}
+    for name, slot in _vision_map(config.vision, config.vision.num_hidden_layers).items():
+        name = re.sub(r"^encoder\.layers\.", "blocks.", re.sub(r"\.ls([12])$", r".ls\1.gamma", name))
+        slots[_TIMM_EMBEDDINGS.get(name, name)] = slot
+    for name, slot in _decoder_map(config.llm, "qllama").items():
+        if not name.startswith("lm_head."):
+            slots[f"transformer.{name.removeprefix('model.')}"] = slot
+    return slots | _pool_map("clip_projector", config.vision.hidden_size, config.embed_dim) | _score_map(config)
+
+
+_TIMM_EMBEDDINGS = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embedding.bias": "patch_embed.proj.bias",
+}
+
+
+def _score_map(config: ContrastiveConfig) -> dict[str, Slot]:
+    return {
+        "text_projection": Slot((config.llm.hidden_size, config.embed_dim), "text_projection"),
+        "logit_scale": Slot((), "logit_scale"),
     }
 
 

@@ -55,7 +55,7 @@ def embed(
     kind = "video" if videos else "image"
     if not named:
         fail(f"{images}: holds no {kind}s")
-    with load_runtime(model, dtype, device) as runtime:
+    with load_runtime(model, dtype, device, embeds="embed") as runtime:
         from .embedding_file import EmbeddingFile
 
         keywords: dict[str, Any] = {"mode": mode, "normalize": not raw, "image_size": image_size, "crop": crop}
@@ -129,7 +129,7 @@ def retrieval(
     from .datasets import read_samples
 
     samples = read_samples(data)
-    with load_runtime(model, dtype, device) as runtime, _plain_warnings():
+    with load_runtime(model, dtype, device, embeds="eval retrieval") as runtime, _plain_warnings():
         from .evaluation import evaluate_retrieval
 
         found = evaluate_retrieval(
@@ -180,7 +180,7 @@ def classification(
 
     samples = read_samples(data)
     names, forms = _class_names(classes), _lines_or_value(templates)
-    with load_runtime(model, dtype, device) as runtime, _plain_warnings():
+    with load_runtime(model, dtype, device, embeds="eval classification") as runtime, _plain_warnings():
         from .evaluation import evaluate_classification
 
         found = evaluate_classification(

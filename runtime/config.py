@@ -1,11 +1,14 @@
 """What a checkpoint's `config.json` says, read into frozen dataclasses that hold only what vitrail reads.
 
-The fields and their defaults follow the official configurations: InternVL-Chat (`model_type: internvl_chat`), the
+The fields and their defaults follow the official configurations: InternVL-Chat (`model_type: internvl_chat`), its
+transformers-native form (`internvl` with a `text_config`), InternVL-Chat 1.0 (LLaVA's form, `mm_vision_tower`), the
 contrastive InternVL-C/G (`internvl` with a `qllama_config`) and InternViT on its own (`intern_vit_6b`).
-Sizes have no defaults: a model is always built from its own file, never from its name.
+Sizes have no defaults: a model is always built from its own file, never from its name. The vision half of LLaVA's form
+is the exception, whose file says no more of it than the name.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isclose, log, sqrt
@@ -16,6 +19,10 @@ from .errors import CheckpointError, ConfigError
 
 NormType = Literal["rms_norm", "layer_norm"]
 RopeType = Literal["linear", "dynamic", "longrope"]
+Layout = Literal["official", "transformers"]
+
+# InternVL-C as it was first published: weights alone, of one size.
+ORIGINAL_C = "internvl_c_13b_224px.pth"
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class InternVLConfig:
-    """An InternVL-Chat model: vision half, pixel shuffle, language half, and how images become tiles."""
+    """An InternVL-Chat model: vision half, pixel shuffle, language half, and how images become tiles.
+
+    layout: whose names its checkpoint's tensors have.
+    """
 
     vision: VisionConfig
     llm: DecoderConfig
@@ -129,6 +139,7 @@ class InternVLConfig:
     min_dynamic_patch: int
     max_dynamic_patch: int
     pad2square: bool
+    layout: Layout = "official"
 
     def __post_init__(self) -> None:
         if not isclose(self.downsample_ratio * self.shuffle_factor, 1):
@@ -162,10 +173,19 @@ class InternVLConfig:
         layers = self.vision.num_hidden_layers
         return self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
 
+    @property
+    def context_token(self) -> str:
+        """The token whose places in a prompt visual tokens take."""
+        return "<IMG_CONTEXT>"
+
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """An InternVL-C/G model: InternViT, QLLaMA (`llm`), and the heads that bring both to one space of embeddings."""
+    """An InternVL-C/G model: InternViT, QLLaMA (`llm`), and the heads that bring both to one space of embeddings.
+
+    num_query_tokens: 0 is InternVL-C alone, as its original file holds it: no queries, nothing that looks at an image
+    through them, no head that writes.
+    """
 
     vision: VisionConfig
     llm: DecoderConfig
@@ -197,7 +217,47 @@ class ContrastiveConfig:
 
     def has_cross_attention(self, layer: int) -> bool:
         """Whether QLLaMA's layer (from 0) looks at the image."""
-        return layer % self.cross_attention_frequency == 0
+        return self.num_query_tokens > 0 and layer % self.cross_attention_frequency == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig(InternVLConfig):
+    """An InternVL-Chat 1.0 model: patches go to the language half one by one, through an MLP.
+
+    tower: the name of the vision half. projector_depth: linear layers of the MLP, which `projector_norm` precedes.
+    keeps_class_token: it goes with the patches. contrastive: the InternVL-14B whose vision half this is and whose
+    queries, read by a second MLP, stand before the patches; None without QLLaMA. An image is one tile: padded to a
+    square with `pad2square`, else its middle.
+    """
+
+    tower: str
+    projector_depth: int
+    projector_norm: bool
+    keeps_class_token: bool
+    contrastive: ContrastiveConfig | None
+
+    @property
+    def num_queries(self) -> int:
+        return 0 if self.contrastive is None else self.contrastive.num_query_tokens
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.num_queries + self.keeps_class_token + super().tokens_per_tile
+
+    @property
+    def feature_layer(self) -> int:
+        """The block, counted from 1, whose output goes to the language half."""
+        return super().vision_depth
+
+    @property
+    def vision_depth(self) -> int:
+        """Blocks that must run: the queries look at the output of the last."""
+        return self.feature_layer if self.contrastive is None else self.vision.num_hidden_layers
+
+    @property
+    def context_token(self) -> str:
+        """One that no text becomes: LLaMA's tokenizers spell what they do not know in bytes."""
+        return "<unk>"
 
 
 ModelConfig = InternVLConfig | ContrastiveConfig | VisionConfig
@@ -278,6 +338,8 @@ def _parse_vision(values: Any) -> VisionConfig:
 def _parse_rope_scaling(section: _Section, max_position_embeddings: int, head_dim: int) -> RopeScaling | None:
     raw = section.values.get("rope_scaling")
     if raw is None:
+        raw = section.values.get("rope_parameters")  # transformers' name for it, with the base inside
+    if raw is None:
         return None
     scaling = _Section(raw, f"{section.name}.rope_scaling")
     kind = scaling.text("rope_type" if "rope_type" in scaling.values else "type")
@@ -344,6 +406,7 @@ def _parse_architecture(section: _Section, architecture: str) -> DecoderConfig:
     # Within its window a sliding-window model is an ordinary one, so the window only caps the context.
     windowed = section.flag("use_sliding_window", architecture == "Phi3ForCausalLM") and sliding_window
     scaling = _parse_rope_scaling(section, max_positions, head_dim)
+    rope = _Section(section.values.get("rope_parameters") or {}, f"{name}.rope_parameters")
     if architecture == "InternLM2ForCausalLM" or architecture == "InternLMForCausalLM":
         qkv_bias = output_bias = section.flag("bias", True)
     elif architecture == "Qwen2ForCausalLM":
@@ -360,7 +423,7 @@ def _parse_architecture(section: _Section, architecture: str) -> DecoderConfig:
         num_key_value_heads=section.size("num_key_value_heads", heads),
         head_dim=head_dim,
         rms_norm_eps=section.number("rms_norm_eps"),
-        rope_theta=section.number("rope_theta", 10000.0),
+        rope_theta=section.number("rope_theta", rope.number("rope_theta", 10000.0)),
         rope_scaling=scaling,
         max_position_embeddings=min(max_positions, section.size("sliding_window")) if windowed else max_positions,
         qkv_bias=qkv_bias,
@@ -371,14 +434,20 @@ def _parse_architecture(section: _Section, architecture: str) -> DecoderConfig:
 
 
 def parse_config(values: Mapping[str, Any]) -> InternVLConfig:
-    """Read an official InternVL-Chat `config.json`, already decoded. Raises `ConfigError` naming the entry."""
+    """Read a chat model's `config.json`, already decoded. Raises `ConfigError` naming the entry.
+
+    What other files of a checkpoint add to it stands under `preprocessor_config` and `vision_tower_config`.
+    """
     section = _Section(values, "config.json")
     model_type = section.values.get("model_type")
+    if "mm_vision_tower" in section.values:
+        return _parse_llava(section)
+    if "qllama_config" in section.values:
+        raise ConfigError("config.json: this is a contrastive model (InternVL-C/G), not a chat model")
+    if model_type == "internvl":
+        return _parse_transformers(section)
     if model_type != "internvl_chat":
-        if "qllama_config" in section.values:
-            raise ConfigError("config.json: this is a contrastive model (InternVL-C/G), not a chat model")
-        hint = " (the transformers-native form; use the original checkpoint)" if model_type == "internvl" else ""
-        raise ConfigError(f"config.json: unknown model_type {model_type!r}{hint}; known: internvl_chat")
+        raise ConfigError(f"config.json: unknown model_type {model_type!r}; known: internvl_chat, internvl")
     for key in ("use_backbone_lora", "use_llm_lora"):
         if section.values.get(key):
             raise ConfigError(f"config.json: `{key}` is {section.values[key]}; merge the LoRA weights first")
@@ -399,6 +468,153 @@ def parse_config(values: Mapping[str, Any]) -> InternVLConfig:
         max_dynamic_patch=section.size("max_dynamic_patch", 6),
         pad2square=section.flag("pad2square", False),
     )
+
+
+# Language models that the transformers-native form is known to have; InternLM2's are LLaMAs there.
+_TEXT_MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_IMAGE_MEAN, _IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _parse_transformers(section: _Section) -> InternVLConfig:
+    """The transformers-native form, which exists of InternVL2.5 and later alone: one template, one way to tile."""
+    text = _Section(section.values.get("text_config"), "text_config")
+    architecture = _TEXT_MODELS[text.choice("model_type", tuple(_TEXT_MODELS))]
+    section.choice("projector_hidden_act", ("gelu",), "gelu")
+    section.choice("vision_feature_select_strategy", ("default",), "default")
+    vision = _parse_transformers_vision(section.values.get("vision_config"))
+    processor = _Section(section.values.get("preprocessor_config") or {}, "preprocessor_config.json")
+    for key, expected in (("image_mean", _IMAGE_MEAN), ("image_std", _IMAGE_STD)):
+        if key in processor.values and processor.numbers(key, 3) != expected:
+            raise ConfigError(f"{processor.name}: `{key}` is {processor.values[key]}; known: {list(expected)}")
+    # True is the default of the form as a whole, and defaults are not always written down.
+    tied = section.flag("tie_word_embeddings", text.flag("tie_word_embeddings", True))
+    return InternVLConfig(
+        vision=vision,
+        llm=replace(_parse_architecture(text, architecture), tie_word_embeddings=tied),
+        template="internvl2_5",
+        system_message=None,
+        select_layer=section.integer("vision_feature_layer", -1),
+        downsample_ratio=section.number("downsample_ratio", 0.5),
+        ps_version="v2",
+        tile_size=_square(_Section(processor.values.get("size") or {}, f"{processor.name}.size"), vision.image_size),
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        min_dynamic_patch=processor.size("min_patches", 1),
+        max_dynamic_patch=processor.size("max_patches", 12),
+        pad2square=False,
+        layout="transformers",
+    )
+
+
+def _parse_transformers_vision(values: Any) -> VisionConfig:
+    section = _Section(values, "vision_config")
+    section.choice("hidden_act", ("gelu",), "gelu")
+    for key, expected in (
+        ("use_mean_pooling", True),
+        ("use_absolute_position_embeddings", True),
+        ("use_mask_token", False),
+    ):
+        if section.flag(key, expected) is not expected:
+            raise ConfigError(f"vision_config: `{key}` {not expected} is not supported")
+    return VisionConfig(
+        hidden_size=section.size("hidden_size"),
+        num_attention_heads=section.size("num_attention_heads"),
+        intermediate_size=section.size("intermediate_size"),
+        num_hidden_layers=section.size("num_hidden_layers"),
+        image_size=_side(section, "image_size"),
+        patch_size=_side(section, "patch_size"),
+        qkv_bias=section.flag("attention_bias", False),
+        qk_normalization=section.flag("use_qk_norm", False),
+        norm_type=section.choice("norm_type", ("rms_norm", "layer_norm"), "layer_norm"),
+        layer_norm_eps=section.number("layer_norm_eps", 1e-6),
+    )
+
+
+def _side(section: _Section, key: str) -> int:
+    """A size that stands there as one number or as a pair of equal ones."""
+    pair = section.values.get(key)
+    if not isinstance(pair, list):
+        return section.size(key)
+    if len(pair) != 2 or pair[0] != pair[1]:
+        raise ConfigError(f"{section.name}: `{key}` is {pair}; only squares are supported")
+    return _Section({key: pair[0]}, section.name).size(key)
+
+
+def _square(size: _Section, default: int) -> int:
+    """The side that an image processor's {height, width} has."""
+    height, width = size.size("height", default), size.size("width", default)
+    if height != width:
+        raise ConfigError(f"{size.name}: {height}x{width}; only squares are supported")
+    return height
+
+
+def _parse_llava(section: _Section) -> LlavaConfig:
+    """LLaVA's form: the language model's own entries, and `mm_*` ones of the vision half and the projector."""
+    architectures = section.values.get("architectures")
+    if architectures != ["LlavaLlamaForCausalLM"]:
+        raise ConfigError(f"config.json: unknown architectures {architectures}; known: ['LlavaLlamaForCausalLM']")
+    if section.flag("mm_use_im_start_end", False):
+        raise ConfigError("config.json: `mm_use_im_start_end` true is not supported")
+    # InternLM calls its biases `bias`, LLaMA `attention_bias`.
+    llm = _parse_architecture(section, "InternLMForCausalLM" if "bias" in section.values else "LlamaForCausalLM")
+    tower = tower_name(section.text("mm_vision_tower"))
+    vision, contrastive = _parse_tower(tower, section.values.get("vision_tower_config"))
+    visual_size = vision.hidden_size if contrastive is None else contrastive.llm.hidden_size
+    if section.size("mm_hidden_size", visual_size) != visual_size:
+        raise ConfigError(f"config.json: `mm_hidden_size` is {section.values['mm_hidden_size']}, {tower} {visual_size}")
+    kind = section.text("mm_projector_type", "linear")
+    known = "two_mlp" if contrastive is not None else r"linear|mlp([1-9])x_gelu(_?ln)?"
+    found = re.fullmatch(known, kind)
+    if found is None:
+        raise ConfigError(f"config.json: unknown mm_projector_type {kind!r} beside {tower}; known: {known}")
+    depth, norm = (None, None) if contrastive is not None else found.groups()
+    return LlavaConfig(
+        vision=vision,
+        llm=llm,
+        template="vicuna_v1",
+        system_message=None,
+        select_layer=section.integer("mm_vision_select_layer"),
+        downsample_ratio=1.0,
+        ps_version="v2",
+        tile_size=448 if "448" in tower else 336,
+        dynamic_image_size=False,
+        use_thumbnail=False,
+        min_dynamic_patch=1,
+        max_dynamic_patch=1,
+        pad2square=section.choice("image_aspect_ratio", ("pad", "square"), "square") == "pad",
+        tower=tower,
+        projector_depth=2 if contrastive is not None else int(depth or 1),
+        projector_norm=norm is not None,
+        keeps_class_token=section.choice("mm_vision_select_feature", ("patch", "cls_patch"), "patch") == "cls_patch",
+        contrastive=contrastive,
+    )
+
+
+_INTERNVIT_6B = VisionConfig(3200, 25, 12800, 48, 224, 14, False, True, "rms_norm", 1e-6)
+_QLLAMA = DecoderConfig(
+    *("LlamaForCausalLM", 49954, 4096, 11008, 32, 32, 32, 128, 1e-6, 10000.0, None, 2048, False, False, False, False)
+)
+_INTERNVL_14B = ContrastiveConfig(_INTERNVIT_6B, _QLLAMA, 768, 16, 96, 2)
+
+
+def _parse_tower(name: str, values: Any) -> tuple[VisionConfig, ContrastiveConfig | None]:
+    """The vision half that LLaVA's form names, by its own `config.json` or else by the released ones' names."""
+    if values is not None:
+        config = parse_any_config(values)
+        if isinstance(config, InternVLConfig):
+            raise ConfigError(f"{name}: a chat model cannot be the vision half of another")
+        return (config, None) if isinstance(config, VisionConfig) else (config.vision, config)
+    plain = name.lower().replace("_", "-")
+    if re.fullmatch("intern-?vl-?14b-224px", plain):
+        return _INTERNVIT_6B, _INTERNVL_14B
+    found = re.fullmatch("intern-?vit-?6b-(?:(224)px|448px(?:-v(?:1-0|(1-2|1-5|2-5)))?)", plain)
+    if found is None:
+        raise ConfigError(
+            f"config.json: unknown mm_vision_tower {name!r}; known: InternViT-6B-224px, InternViT-6B-448px-V1-0, "
+            "-V1-2, -V1-5 and -V2-5, InternVL-14B-224px, and any whose folder lies, with its config.json, in this one"
+        )
+    size, depth = 224 if found[1] else 448, 45 if found[2] else 48
+    return replace(_INTERNVIT_6B, image_size=size, num_hidden_layers=depth), None
 
 
 def parse_contrastive_config(values: Mapping[str, Any]) -> ContrastiveConfig:
@@ -422,6 +638,9 @@ def parse_contrastive_config(values: Mapping[str, Any]) -> ContrastiveConfig:
 def parse_any_config(values: Mapping[str, Any]) -> ModelConfig:
     """Read a decoded `config.json` of any model that vitrail runs."""
     if isinstance(values, Mapping):
+        if values.get("original_c"):
+            whole = parse_contrastive_config(values) if "qllama_config" in values else _INTERNVL_14B
+            return replace(whole, num_query_tokens=0)
         if values.get("model_type") == "internvl" and "qllama_config" in values:
             return parse_contrastive_config(values)
         if values.get("model_type") == "intern_vit_6b":  # the 300M's too
@@ -440,13 +659,37 @@ def load_any_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
 
 
 def _decoded(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config.json` with what the files beside it add."""
     if isinstance(source, Mapping):
         return source
-    path = Path(source) / "config.json"
+    folder = Path(source)
+    if (folder / ORIGINAL_C).is_file() and not (folder / "config.json").exists():
+        return {"original_c": True}
+    values = _read_json(folder / "config.json")
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.json: expected an object, found {type(values).__name__}")
+    if "text_config" in values:
+        if (folder / "preprocessor_config.json").is_file():
+            return {**values, "preprocessor_config": _read_json(folder / "preprocessor_config.json")}
+        if (folder / "processor_config.json").is_file():  # where transformers writes it since version 5
+            processor = _read_json(folder / "processor_config.json")
+            images = processor.get("image_processor") if isinstance(processor, Mapping) else processor
+            return {**values, "preprocessor_config": images}
+    tower = values.get("mm_vision_tower")
+    if isinstance(tower, str) and (folder / tower_name(tower) / "config.json").is_file():
+        return {**values, "vision_tower_config": _read_json(folder / tower_name(tower) / "config.json")}
+    return values
+
+
+def tower_name(tower: str) -> str:
+    """The last part of `mm_vision_tower`, a path or a name: the whole would let a checkpoint read other files."""
+    return tower.rstrip("/").rpartition("/")[2].lstrip(".") or "unnamed"
+
+
+def _read_json(path: Path) -> Any:
     try:
-        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or 'cannot be read'}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{path}: not valid JSON") from None
-    return values

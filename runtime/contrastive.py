@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import MAX_NEW_TOKENS, prompt_ids, write_captions
+from .captions import MAX_NEW_TOKENS, check_beams, prompt_ids, search_captions, write_captions
 from .errors import InvalidRequestError, UnsupportedError, VitrailError
 from .features import FeatureCalls, Images, as_list
 from .image import ImageLimits, ImageSource, open_image
+from .loaded import require_contrastive
 from .models.contrastive import ContrastiveModel, Mode
 from .prefetch import batched, prefetched
 from .request import GenerationConfig, GenerationOutput
 from .resize import ImageSize, fit_image, read_image_size
 from .texts import embed_texts, encode_texts, read_texts
 from .tokenizer import Tokenizer
-from .video import Video, sample_frames
+from .video import Video, interval_indices, sample_frames
 from .weights import Model
 from .zero_shot import Classification, ClassNames, class_prompts
 
@@ -68,16 +69,17 @@ class ContrastiveCalls(FeatureCalls):
     ) -> Tensor:
         """Embeddings of texts, of images or of videos: (n, embed_dim) float32, on the CPU.
 
-        A video is the mean of the raw embeddings of `num_frames` frames, spread evenly over it. In mode "g" the raw
-        embedding of an image is a sum of two unit vectors. A single text, image or video file counts as a list of one.
-        Texts of more than 80 tokens are cut, with a warning. An image that cannot be read raises; `embed_each` goes on.
+        A video is the mean of the raw embeddings of `num_frames` frames, the middles of equal intervals. In mode "g"
+        the raw embedding of an image is a sum of two unit vectors. A single text, image or video file counts as a list
+        of one. Texts of more than 80 tokens are cut, with a warning. An image that cannot be read raises; `embed_each`
+        goes on.
         """
         self._contrastive("embed")
         given = [kind for kind in (texts, images, videos) if kind is not None]
         if len(given) != 1:
             raise InvalidRequestError(f"embed takes exactly one of texts, images and videos, not {len(given)}")
         if texts is not None:
-            _read_mode(mode)
+            self._grounded("embed", mode)
             rows = self._embed_texts("embed", read_texts("embed", texts))
             return F.normalize(rows, dim=-1) if normalize else rows
         sources: list[Any] = as_list(images) if videos is None else _video_list(videos)
@@ -105,8 +107,7 @@ class ContrastiveCalls(FeatureCalls):
         In order, as they are ready, from any iterable, with no more than two batches of images in memory.
         start: the number of the first source in messages.
         """
-        model = self._contrastive("embed")
-        _read_mode(mode)
+        model = self._grounded("embed", mode)
         side = self._side(image_size)
         if kind not in ("image", "video"):
             raise InvalidRequestError(f"kind={kind!r}: must be 'image' or 'video'")
@@ -201,7 +202,7 @@ class ContrastiveCalls(FeatureCalls):
 
         The image and the text at one place of their lists are a pair; a single one goes with all of the others.
         """
-        model = self._contrastive("match")
+        model = self._grounded("match")
         sources, written = as_list(images), read_texts("match", texts)
         if not sources:
             raise InvalidRequestError("match: no images were given")
@@ -235,6 +236,7 @@ class ContrastiveCalls(FeatureCalls):
         image: ImageSource,
         prompt: str = ...,
         *,
+        num_beams: int = 1,
         image_size: ImageSize | None = None,
         crop: bool = False,
         generation_config: GenerationConfig | None = None,
@@ -247,6 +249,7 @@ class ContrastiveCalls(FeatureCalls):
         image: Sequence[ImageSource],
         prompt: str = ...,
         *,
+        num_beams: int = 1,
         image_size: ImageSize | None = None,
         crop: bool = False,
         generation_config: GenerationConfig | None = None,
@@ -258,6 +261,7 @@ class ContrastiveCalls(FeatureCalls):
         image: Any,
         prompt: str = "English caption:",
         *,
+        num_beams: int = 1,
         image_size: ImageSize | None = None,
         crop: bool = False,
         generation_config: GenerationConfig | None = None,
@@ -265,12 +269,17 @@ class ContrastiveCalls(FeatureCalls):
     ) -> GenerationOutput | list[GenerationOutput]:
         """A caption of one image, or a list of them for a list, by InternVL-G.
 
+        num_beams: above 1 the best of a beam search, which goes with `max_new_tokens` and `min_new_tokens` alone; the
+        paper's captions are those of 5 beams and at least 8 tokens.
         gen_kwargs: any field of `GenerationConfig`, on top of `generation_config`; `max_new_tokens` is 30 unless given.
         """
-        model = self._contrastive("caption")
+        model = self._grounded("caption")
         base = generation_config or GenerationConfig(max_new_tokens=MAX_NEW_TOKENS)
-        known = ("image", "prompt", "image_size", "crop", "generation_config")
+        known = ("image", "prompt", "num_beams", "image_size", "crop", "generation_config")
         config = GenerationConfig.from_kwargs(base, gen_kwargs, also_known=known)
+        check_beams(config, num_beams)
+        if config.response_format is not None:
+            raise InvalidRequestError("response_format: captions follow no form")
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt must be a string, not {type(prompt).__name__}")
         sources = as_list(image)
@@ -283,22 +292,31 @@ class ContrastiveCalls(FeatureCalls):
         def load(numbered: tuple[int, ImageSource]) -> Frames:
             return self._square(numbered[1], side, crop, f"image {numbered[0]}")
 
-        size = max(1, CAPTIONS_PER_BATCH // config.n)
-        outputs = [
-            output
-            for tiles in batched(prefetched(load, enumerate(sources, start=1), ahead=size), size)
-            for output in write_captions(model, tokenizer, self._on_device(np.stack(tiles)), ids, config)
-        ]
+        size = max(1, CAPTIONS_PER_BATCH // max(config.n, num_beams))
+        outputs: list[GenerationOutput] = []
+        for frames in batched(prefetched(load, enumerate(sources, start=1), ahead=size), size):
+            tiles = self._on_device(np.stack(frames))
+            if num_beams > 1:
+                outputs += search_captions(model, tokenizer, tiles, ids, config, num_beams)
+            else:
+                outputs += write_captions(model, tokenizer, tiles, ids, config)
         return outputs if isinstance(image, list | tuple) else outputs[0]
 
     # --- inside ---
 
     def _contrastive(self, call: str) -> ContrastiveModel:
         self._check_open()
-        if isinstance(self._model, ContrastiveModel):
-            return self._model
-        kind = "chat model" if self.tokenizer is not None else "vision encoder on its own"
-        raise UnsupportedError(f"{call}: {self.name} is a {kind}; only contrastive models (InternVL-C/G) have this")
+        require_contrastive(self._model.config, self.name, call)
+        assert isinstance(self._model, ContrastiveModel)
+        return self._model
+
+    def _grounded(self, call: str, mode: Mode = "g") -> ContrastiveModel:
+        """The model, which must have queries for everything but InternVL-C's embeddings."""
+        model = self._contrastive(call)
+        _read_mode(mode)
+        if mode == "g" and not model.config.num_query_tokens:
+            raise UnsupportedError(f"{call}: {self.name} is InternVL-C alone, without what makes InternVL-G of it")
+        return model
 
     def _text_tokenizer(self) -> Tokenizer:
         assert self.tokenizer is not None  # no contrastive model is made without
@@ -316,7 +334,8 @@ class ContrastiveCalls(FeatureCalls):
             if not video:
                 raise InvalidRequestError(f"{name}: has no frames")
             return list(video)
-        return list(sample_frames(video, num_frames, limits=self.limits, name=name))  # type: ignore[arg-type]
+        source: Any = video
+        return list(sample_frames(source, num_frames, choose=interval_indices, limits=self.limits, name=name))
 
     def _on_device(self, tiles: npt.NDArray[np.uint8]) -> Tensor:
         return torch.from_numpy(tiles).to(self.device)

@@ -4,7 +4,8 @@ from typing import Any, Self
 
 import torch
 
-from .errors import InvalidRequestError
+from .config import ContrastiveConfig, InternVLConfig, ModelConfig
+from .errors import InvalidRequestError, UnsupportedError
 from .image import ImageLimits
 from .tokenizer import Tokenizer
 from .weights import Model
@@ -51,3 +52,19 @@ class LoadedModel:
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidRequestError("this Runtime is closed")
+
+
+def require_chat(config: ModelConfig, name: str) -> None:
+    """Raise `UnsupportedError` unless the model generates. To be asked before weights are read, where it can."""
+    if not isinstance(config, InternVLConfig):
+        what = "vision encoder on its own, which has features"
+        if isinstance(config, ContrastiveConfig):
+            what = "contrastive model (InternVL-C/G), which has embed, score, classify, match, caption and features"
+        raise UnsupportedError(f"{name} is a {what}; this needs a chat model")
+
+
+def require_contrastive(config: ModelConfig, name: str, call: str) -> None:
+    """Raise `UnsupportedError` unless the model embeds. To be asked before weights are read, where it can."""
+    if not isinstance(config, ContrastiveConfig):
+        what = "chat model" if isinstance(config, InternVLConfig) else "vision encoder on its own"
+        raise UnsupportedError(f"{call}: {name} is a {what}; only contrastive models (InternVL-C/G) have this")

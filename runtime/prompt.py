@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import ConfigError, InvalidRequestError
-from .tokenizer import Control
+from .tokenizer import Control, Tokenizer
 
 IMAGE_MARK = "<image>"
 
@@ -216,12 +216,7 @@ def expand(pieces: Iterable[Piece], tokens_per_image: Sequence[int]) -> list[str
     Raises InvalidRequestError unless there are as many slots as images.
     """
     pieces = list(pieces)
-    slots = sum(isinstance(piece, ImageSlot) for piece in pieces)
-    if slots != len(tokens_per_image):
-        raise InvalidRequestError(
-            f"prompt: {_counted(slots, IMAGE_MARK + ' mark')} in the conversation, "
-            f"but {_counted(len(tokens_per_image), 'image')} given"
-        )
+    _check_slots(pieces, tokens_per_image)
     expanded: list[str | Control] = []
     for piece in pieces:
         if isinstance(piece, ImageSlot):
@@ -230,6 +225,44 @@ def expand(pieces: Iterable[Piece], tokens_per_image: Sequence[int]) -> list[str
         else:
             expanded.append(piece)
     return expanded
+
+
+def encode_bare(
+    tokenizer: Tokenizer, pieces: Iterable[Piece], tokens_per_image: Sequence[int], context_id: int
+) -> list[int]:
+    """The ids of a prompt as LLaVA's code makes them: that many `context_id` for an image, and nothing around them.
+
+    What stands between images is encoded piece by piece, each as if it began the prompt but for the `<s>`.
+    Raises InvalidRequestError unless there are as many slots as images, and for text that has no ids of its own.
+    """
+    runs: list[list[str | Control]] = [[]]
+    counts: list[int] = []
+    pieces = list(pieces)
+    _check_slots(pieces, tokens_per_image)
+    for piece in pieces:
+        if isinstance(piece, ImageSlot):
+            counts.append(tokens_per_image[piece.index])
+            runs.append([])
+        else:
+            runs[-1].append(piece)
+    ids: list[int] = []
+    for index, run in enumerate(runs):
+        encoded = tokenizer.encode(run, add_bos=index == 0)
+        if context_id in encoded:
+            raise InvalidRequestError("prompt: has characters that the tokenizer cannot spell")
+        ids += encoded
+        if index < len(counts):
+            ids += [context_id] * counts[index]
+    return ids
+
+
+def _check_slots(pieces: Sequence[Piece], tokens_per_image: Sequence[int]) -> None:
+    slots = sum(isinstance(piece, ImageSlot) for piece in pieces)
+    if slots != len(tokens_per_image):
+        raise InvalidRequestError(
+            f"prompt: {_counted(slots, IMAGE_MARK + ' mark')} in the conversation, "
+            f"but {_counted(len(tokens_per_image), 'image')} given"
+        )
 
 
 def as_text(pieces: Iterable[Piece]) -> str:

@@ -7,7 +7,7 @@ way of the key frame before each of them where the container can seek exactly.
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,17 @@ def frame_indices(num_source_frames: int, num_frames: int, first: int = 0, last:
     return [int(first + segment / 2 + round(segment * k)) for k in range(num_frames)]  # `round`: half to even
 
 
+def interval_indices(num_source_frames: int, num_frames: int, first: int = 0, last: int | None = None) -> list[int]:
+    """The middles of intervals of ceil(n / num_frames) frames, as the reference's video retrieval takes them.
+
+    They stop short of the end by up to an interval. Of a video so short that they overrun it `frame_indices`.
+    """
+    last = num_source_frames - 1 if last is None else min(last, num_source_frames - 1)
+    interval = -(-(last - first + 1) // num_frames)
+    indices = [first + interval * k + interval // 2 for k in range(num_frames)]
+    return indices if indices[-1] <= last else frame_indices(num_source_frames, num_frames, first, last)
+
+
 def frames_of(video: Video, *, limits: ImageLimits | None = None, name: str = "video") -> list[ImageSource]:
     """The frames of a video: sampled evenly from a file or its bytes, or those of a list, which are sampled already."""
     if isinstance(video, str | os.PathLike | bytes):
@@ -77,11 +88,13 @@ def sample_frames(
     start: float | None = None,
     end: float | None = None,
     *,
+    choose: Callable[[int, int, int, int], list[int]] = frame_indices,
     limits: ImageLimits | None = None,
     name: str = "video",
 ) -> list[Image.Image]:
     """`num_frames` RGB frames, upright, spread evenly over the video or over its seconds `start` to `end`.
 
+    choose: what says which, `frame_indices` (chat) or `interval_indices` (retrieval).
     Raises `InvalidRequestError` for a file that cannot be decoded, a time outside it or a size beyond the limits, and
     `UnsupportedError` where PyAV is not installed.
     """
@@ -102,7 +115,7 @@ def sample_frames(
                     f"{name}: {num_frames} frames of {width}x{height} exceed {MAX_SAMPLED_PIXELS} pixels, sample fewer"
                 )
             timeline = _read_timeline(container, stream, name)
-        indices = frame_indices(timeline.num_frames, num_frames, *_bounds(timeline, start, end, name))
+        indices = choose(timeline.num_frames, num_frames, *_bounds(timeline, start, end, name))
         chosen = sorted(set(indices))
         frames = _decode_by_seeking(data, timeline, chosen) if timeline.timestamps else {}
         if len(frames) < len(chosen):

@@ -193,3 +193,86 @@ INTERNVL_14B_224PX: dict[str, Any] = {
         "tie_word_embeddings": False,
     },
 }
+
+# The transformers-native form, as its converter writes it.
+INTERNVL3_1B_HF: dict[str, Any] = {
+    "model_type": "internvl",
+    "architectures": ["InternVLForConditionalGeneration"],
+    "downsample_ratio": 0.5,
+    "image_seq_length": 256,
+    "image_token_id": 151667,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": False,
+    "text_config": QWEN2_0_5B | {"vocab_size": 151674},
+    "vision_config": {
+        "model_type": "internvl_vision",
+        "architectures": ["InternVisionModel"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 1024,
+        "image_size": [448, 448],
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-06,
+        "norm_type": "layer_norm",
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_hidden_layers": 24,
+        "patch_size": [14, 14],
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": True,
+        "use_qk_norm": False,
+    },
+}
+PREPROCESSOR_HF: dict[str, Any] = {
+    "crop_to_patches": False,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "max_patches": 12,
+    "min_patches": 1,
+    "size": {"height": 448, "width": 448},
+}
+
+# InternVL-Chat 1.0, LLaVA's form.
+INTERNVL_CHAT_VICUNA_7B: dict[str, Any] = {
+    "model_type": "llava",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "mm_vision_tower": "./pretrained/intern_vit_6b_224px",
+    "mm_hidden_size": 3200,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -4,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad",
+}
+INTERNVL_CHAT_VICUNA_13B_448PX: dict[str, Any] = INTERNVL_CHAT_VICUNA_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "mm_vision_tower": "OpenGVLab/InternViT-6B-448px",
+}
+INTERNVL_CHAT_VICUNA_QLLAMA: dict[str, Any] = INTERNVL_CHAT_VICUNA_7B | {
+    "mm_vision_tower": "./pretrained/internvl_14b_224px",
+    "mm_hidden_size": 4096,
+    "mm_projector_type": "two_mlp",
+}

@@ -1,4 +1,4 @@
-"""Random tiny checkpoints in the official formats of InternVL-Chat and InternVL-C/G.
+"""Random tiny checkpoints in the official formats of InternVL-Chat, of its version 1.0 and of InternVL-C/G.
 
 Weights have the scale of trained ones (activations neither vanish nor explode), and nothing is neutral: norm weights
 and LayerScale are not 1, biases are not 0, so that a part that is skipped, swapped or doubled shows in the output.
@@ -100,6 +100,26 @@ def contrastive_config(
         "cross_attention_frequency": 2,
         "vision_config": chat["vision_config"],
         "qllama_config": qllama | dict(llm or {}),
+        **changes,
+    }
+
+
+def llava_config(qllama: bool = False, **changes: Any) -> dict[str, Any]:
+    """A decoded `config.json` of InternVL-Chat 1.0: the halves of `chat_config`, the ViT's as of a folder beside it."""
+    chat = chat_config("LlamaForCausalLM", llm={"num_key_value_heads": 4, "max_position_embeddings": 1024})
+    tower = contrastive_config() if qllama else chat["vision_config"] | {"model_type": "intern_vit_6b"}
+    return {
+        **chat["llm_config"],
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_vision_tower": "towers/tiny-84px",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": "two_mlp" if qllama else "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "vision_tower_config": tower,
         **changes,
     }
 

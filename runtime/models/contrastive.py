@@ -55,7 +55,7 @@ class AttentionPool(nn.Module):
 
 
 class ContrastiveModel(nn.Module):
-    """All parts of an InternVL-14B checkpoint."""
+    """All parts of an InternVL-14B checkpoint, or of InternVL-C's original file, which has no queries."""
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
@@ -63,12 +63,15 @@ class ContrastiveModel(nn.Module):
         hidden = config.llm.hidden_size
         self.vision_model = InternViT(config.vision)
         self.clip_projector = AttentionPool(config.vision.hidden_size, config.pool_heads, config.embed_dim)
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, hidden))
+        if config.num_query_tokens:
+            self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, hidden))
         self.qllama = QLLaMA(config)
-        self.clip_projector2 = AttentionPool(hidden, config.pool_heads, config.embed_dim)
+        if config.num_query_tokens:
+            self.clip_projector2 = AttentionPool(hidden, config.pool_heads, config.embed_dim)
         self.text_projection = nn.Parameter(torch.empty(hidden, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.empty(()))
-        self.itm_head = Linear(hidden, 2, bias=True)
+        if config.num_query_tokens:
+            self.itm_head = Linear(hidden, 2, bias=True)
 
     def embed_images(self, tiles: Tensor, mode: Mode) -> Tensor:
         """Raw embeddings, not of unit length. tiles: (n, side, side, 3) uint8. Returns (n, embed_dim) fp32.
@@ -84,8 +87,7 @@ class ContrastiveModel(nn.Module):
 
     def encode_queries(self, vision: Tensor) -> Tensor:
         """What QLLaMA's queries gather. vision: (n, tokens, vision hidden). Returns (n, queries, hidden)."""
-        x = self.query_tokens.expand(vision.shape[0], -1, -1)
-        return self.qllama(x, _positions(x), prefix=x.shape[1], vision=vision)
+        return self.qllama.gather(self.query_tokens, vision)
 
     def embed_texts(self, token_ids: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         """Raw embeddings of texts. token_ids, positions: (n, tokens) int64, padded on the right with anything.

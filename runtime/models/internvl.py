@@ -35,13 +35,13 @@ class Projector(nn.Module):
 
 
 class InternVLModel(nn.Module):
-    """Both halves of an InternVL-Chat checkpoint."""
+    """Both halves of an InternVL-Chat checkpoint. projector: what stands between them, pixel shuffle by default."""
 
-    def __init__(self, config: InternVLConfig) -> None:
+    def __init__(self, config: InternVLConfig, projector: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
         self.vision_model = InternViT(config.vision, config.vision_depth)
-        self.projector = Projector(config)
+        self.projector = Projector(config) if projector is None else projector
         self.language_model = Decoder(config.llm)
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:

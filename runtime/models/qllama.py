@@ -49,6 +49,11 @@ class QLLaMACache:
         values[:, :, self.used :] = v
         return keys, values
 
+    def reorder(self, rows: Tensor) -> None:
+        """Make each sequence continue another. rows: (batch,) int64, which it was until now."""
+        for stored in (self.keys, self.values):
+            stored[:, :, :, : self.used] = stored[:, rows, :, : self.used]
+
 
 class SelfAttention(nn.Module):
     """Attention with rotary positions, bidirectional within the prefix and causal behind it."""
@@ -139,21 +144,35 @@ class Layer(nn.Module):
 
 
 class QLLaMA(nn.Module):
-    """The decoder and its language head."""
+    """The decoder and its language head.
 
-    def __init__(self, config: ContrastiveConfig) -> None:
+    reads_text: false if only queries will come, which need no vocabulary. Without queries it has no head.
+    """
+
+    def __init__(self, config: ContrastiveConfig, *, reads_text: bool = True) -> None:
         super().__init__()
         llm = config.llm
         self.config = llm
         self.num_queries = config.num_query_tokens
-        self.embedding = nn.Parameter(torch.empty(llm.vocab_size, llm.hidden_size))
+        if reads_text:
+            self.embedding = nn.Parameter(torch.empty(llm.vocab_size, llm.hidden_size))
         self.layers = nn.ModuleList([Layer(config, index) for index in range(llm.num_hidden_layers)])
         self.norm = RMSNorm(llm.hidden_size, llm.rms_norm_eps)
-        self.head = Linear(llm.hidden_size, llm.vocab_size, bias=False)
+        if reads_text and config.num_query_tokens:
+            self.head = Linear(llm.hidden_size, llm.vocab_size, bias=False)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: (...) int64. Returns (..., hidden)."""
         return F.embedding(token_ids, self.embedding)
+
+    def gather(self, query_tokens: Tensor, vision: Tensor) -> Tensor:
+        """What the queries see of images. query_tokens: (1, queries, hidden); vision: (n, tokens, vision hidden).
+
+        Returns (n, queries, hidden).
+        """
+        x = query_tokens.expand(vision.shape[0], -1, -1)
+        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return self(x, positions, prefix=x.shape[1], vision=vision)
 
     def forward(
         self,
