@@ -33,6 +33,9 @@ def build_kernels(
     dtype: Annotated[
         list[str] | None, typer.Option(help="bfloat16, float16 or float32; may be repeated. bfloat16.")
     ] = None,
+    llm: Annotated[str | None, typer.Option(help="The language half quantised: int8, int8-weight, int4, fp8.")] = None,
+    vision: Annotated[str | None, typer.Option(help="The vision half quantised: int8, int8-weight, fp8.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8: of keys and values.")] = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The pack's folder; the one that is looked in if not given.")
     ] = None,
@@ -41,7 +44,8 @@ def build_kernels(
 ) -> None:
     """Compile every kernel ahead of time, on any machine, GPU or not: a process that finds the pack compiles nothing.
 
-    What is in the pack already, of the same sources and the same Triton, is not compiled again.
+    A checkpoint that `vitrail quantize` made says itself how it is quantised. What is in the pack already, of the same
+    sources and the same Triton, is not compiled again.
     """
     from ..kernels.dispatch import cache_folder
     from ..kernels.pack import write_pack
@@ -50,7 +54,7 @@ def build_kernels(
     triton_version = _triton_version()
     folder = output if output is not None else cache_folder() / "pack"
     _check_writable(folder)
-    wanted = _launches(model, archs, dtypes)
+    wanted = _launches(model, archs, dtypes, llm, vision, kv_cache_dtype)
     missing = _missing(wanted, folder, triton_version)
     compiled = _compile(missing, jobs)
     sound = [binary for binary in compiled if not binary.faults]
@@ -110,16 +114,27 @@ def _check_writable(folder: Path) -> None:
 
 
 def _launches(
-    models: list[str] | None, archs: "list[Arch]", dtypes: "list[torch.dtype]"
+    models: list[str] | None,
+    archs: "list[Arch]",
+    dtypes: "list[torch.dtype]",
+    llm: str | None,
+    vision: str | None,
+    kv_cache_dtype: str,
 ) -> "list[tuple[Launch, Arch]]":
-    from .kernel_pack import DEFAULT_MODELS, find_config, record_launches
+    from .kernel_pack import DEFAULT_MODELS, find_config, find_quantization, record_launches
+    from .options import read_cache_dtype
+    from .quantization.config import QuantizationConfig
 
-    configs = [find_config(model) for model in models or DEFAULT_MODELS]
+    cache_dtype = read_cache_dtype(kv_cache_dtype)
+    chosen = QuantizationConfig(llm, vision) if llm or vision else None
     found = {
         (launch.key, target.arch): (launch, target.arch)
-        for target in _targets(archs)
-        for dtype, config in product(dtypes, configs)
-        for launch in record_launches(config, target, dtype, tuned=True)
+        for model in models or DEFAULT_MODELS
+        for config, quantization in [(find_config(model), chosen or find_quantization(model))]
+        for target, dtype in product(_targets(archs), dtypes)
+        for launch in record_launches(
+            config, target, dtype, tuned=True, quantization=quantization, cache_dtype=cache_dtype
+        )
     }
     return list(found.values())
 

@@ -15,6 +15,8 @@ console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, m
 Model = Annotated[str, typer.Option("--model", "-m", help="A local folder, a hub id or `nano`.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the best present if not given.")]
+Quantization = Annotated[str | None, typer.Option(help="Round the language half while loading: int8, int4 ...")]
+VisionQuantization = Annotated[str | None, typer.Option(help="Round the vision half while loading: int8 ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -24,8 +26,29 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def load_runtime(model: str, dtype: str, device: str | None) -> "Runtime":
-    """The Runtime of a model; loading it imports torch, which no command should before its options are read."""
-    from .api import Runtime
+def load_runtime(
+    model: str,
+    dtype: str,
+    device: str | None,
+    *,
+    embeds: str | None = None,
+    quantization: str | None = None,
+    vision_quantization: str | None = None,
+) -> "Runtime":
+    """The Runtime of a chat model; loading it imports torch, which no command should before its options are read.
 
-    return Runtime.from_pretrained(model, dtype=dtype, device=device)
+    embeds: the call that needs a contrastive model instead. A model of the wrong kind is refused by its config alone.
+    """
+    from .api import Runtime
+    from .config import load_any_config
+    from .loaded import require_chat, require_contrastive
+    from .weights import resolve_checkpoint
+
+    config = load_any_config(resolve_checkpoint(model))
+    if embeds is None:
+        require_chat(config, model)
+    else:
+        require_contrastive(config, model, embeds)
+    return Runtime.from_pretrained(
+        model, dtype=dtype, device=device, quantization=quantization, vision_quantization=vision_quantization
+    )

@@ -2,7 +2,7 @@
 
 Nothing is computed and no weights are needed, only a config: this works for a 40B model on any machine. Counts (tiles,
 tokens, sequences) decide which implementation a launcher takes, hardly ever what is compiled: a few of them stand for
-all.
+all. Quantised, a half has weights of the right types and sizes, packed for the GPU, and no values either.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import dispatch
 from ..kernels.dispatch import Target
@@ -23,11 +23,17 @@ from .config import ContrastiveConfig, DecoderConfig, InternVLConfig, ModelConfi
 from .engine.graphs import BATCH_SIZES, TILE_COUNTS
 from .errors import CheckpointError
 from .layers.kv_cache import BLOCK_SIZE, KVBatch, KVCache
+from .layers.linear import replace_weight
 from .models.contrastive import ContrastiveModel
 from .models.decoder import Decoder
 from .models.intern_vit import InternViT
 from .models.internvl import InternVLModel
 from .models.qllama import QLLaMACache
+from .quantization.config import QuantizationConfig
+from .quantization.formats.detect import stored_format
+from .quantization.formats.vitrail import VitrailFormat
+from .quantization.methods import WEIGHTS
+from .quantization.model import connect, linear_layers, plan
 from .weights import resolve_checkpoint
 
 PROMPT_LENGTHS = (37, 256, 512, 1024, 2048, 3456, 8192)
@@ -142,16 +148,33 @@ def find_config(model: str) -> ModelConfig:
         ) from None
 
 
-def record_launches(config: ModelConfig, target: Target, dtype: torch.dtype, *, tuned: bool = False) -> list[Launch]:
+def find_quantization(model: str) -> QuantizationConfig | None:
+    """How a checkpoint folder of our own layout is quantised; None for all others."""
+    folder = Path(model).expanduser()
+    stored = stored_format(resolve_checkpoint(model)) if model == "nano" or folder.is_dir() else None
+    return stored.config if isinstance(stored, VitrailFormat) else None
+
+
+def record_launches(
+    config: ModelConfig,
+    target: Target,
+    dtype: torch.dtype,
+    *,
+    tuned: bool = False,
+    quantization: QuantizationConfig | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> list[Launch]:
     """Every launch of the model on that GPU, each once, in the order of a request.
 
-    tuned: with the choices of the user's own table for that GPU, if there is one.
+    tuned: with the choices of the user's own table for that GPU, if there is one. quantization: of a chat model, int8
+    for the vision half both with and without scales known beforehand. cache_dtype: of its keys and values.
     """
+    quantization = quantization or QuantizationConfig()
     launches: list[Launch] = []
     with torch.inference_mode(), torch.device("meta"), dispatch.simulate(target, launches, tuned=tuned):
         if isinstance(config, InternVLConfig):
-            _chat_vision(config, dtype)
-            _decoder(config.llm, dtype)
+            _chat_vision(config, dtype, quantization)
+            _decoder(config.llm, dtype, quantization, cache_dtype or dtype)
             _sampling(config.llm.vocab_size)
         elif isinstance(config, ContrastiveConfig):
             _contrastive(config, dtype)
@@ -160,22 +183,48 @@ def record_launches(config: ModelConfig, target: Target, dtype: torch.dtype, *, 
     return list({launch.key: launch for launch in launches}.values())
 
 
-def _chat_vision(config: InternVLConfig, dtype: torch.dtype) -> None:
+def _quantize(model: nn.Module, quantization: QuantizationConfig, *, calibrated: bool = False) -> None:
+    """Give the linear layers weights without values, packed for the simulated GPU."""
+    layers = linear_layers(model)
+    for name, method in plan(model, quantization).items():
+        out_features, in_features = layers[name].weight.shape
+        codes = torch.empty(out_features, in_features, dtype=torch.int8)
+        scales, zeros, input_scales = torch.empty(out_features), None, None
+        if method == "int4":
+            codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+            scales = torch.empty(out_features, in_features // quantization.group_size)
+            zeros = None if quantization.symmetric else scales.to(torch.uint8)
+        elif method == "fp8":
+            codes = codes.to(torch.float8_e4m3fn)
+        elif method == "int8" and calibrated and name.endswith("mlp.fc2"):
+            input_scales = torch.empty(in_features)
+        weight = WEIGHTS[method](codes, scales, zeros, input_scales=input_scales)
+        replace_weight(layers[name], weight)
+        weight.pack()
+    connect(model)
+
+
+def _chat_vision(config: InternVLConfig, dtype: torch.dtype, quantization: QuantizationConfig) -> None:
     skipped = config.vision.num_hidden_layers - config.vision_depth
     vision = replace(config.vision, num_hidden_layers=skipped + NUM_LAYERS)
     # Of the language half only its width matters, which is the projector's.
     llm = replace(config.llm, num_hidden_layers=1, intermediate_size=1, vocab_size=1)
-    model = InternVLModel(replace(config, vision=vision, llm=llm)).to(dtype)
-    for count in TILE_COUNTS:
-        model.encode_tiles(_tiles(count, config.tile_size))
+    for calibrated in (False, True) if quantization.vision == "int8" else (False,):
+        model = InternVLModel(replace(config, vision=vision, llm=llm)).to(dtype)
+        _quantize(model, replace(quantization, llm=None, overrides={}), calibrated=calibrated)
+        for count in TILE_COUNTS:
+            model.encode_tiles(_tiles(count, config.tile_size))
 
 
-def _decoder(config: DecoderConfig, dtype: torch.dtype) -> None:
+def _decoder(
+    config: DecoderConfig, dtype: torch.dtype, quantization: QuantizationConfig, cache_dtype: torch.dtype
+) -> None:
     config = replace(config, num_hidden_layers=NUM_LAYERS)
     decoder = Decoder(config).to(dtype)
+    _quantize(nn.ModuleDict({"language_model": decoder}), replace(quantization, vision=None, overrides={}))
     for contexts, new in _batches(config.max_model_len):
         num_blocks = -(-max(contexts) // BLOCK_SIZE)
-        cache = KVCache(config, num_blocks, dtype=dtype, device=torch.device("meta"))
+        cache = KVCache(config, num_blocks, dtype=cache_dtype, device=torch.device("meta"))
         kv = KVBatch.of(cache, [range(num_blocks)] * len(contexts), contexts, new)
         token_ids = torch.empty(sum(new), dtype=torch.int64)
         hidden = decoder(decoder.embed(token_ids), token_ids, torch.empty(config.head_dim // 2), kv)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, UnsupportedError
+from .quantization.config import QuantizationConfig
+from .quantization.methods import check_device
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,6 +34,30 @@ def read_device(device: str | torch.device | None) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"device {device}: only 'cpu' and 'cuda' are supported")
     return chosen
+
+
+def read_quantization(
+    quantization: str | QuantizationConfig | None, vision_quantization: str | None, device: torch.device
+) -> QuantizationConfig | None:
+    """What is to be quantised while it is loaded, None for nothing. A whole QuantizationConfig stands for both."""
+    if isinstance(quantization, QuantizationConfig):
+        if vision_quantization is not None:
+            raise ConfigError("vision_quantization goes with a method's name; a QuantizationConfig has both halves")
+        config = quantization
+    elif quantization is None and vision_quantization is None:
+        return None
+    else:
+        config = QuantizationConfig(llm=quantization, vision=vision_quantization)
+    for method in {config.llm, config.vision, *config.overrides.values()} - {None}:
+        check_device(str(method), device)
+    return config
+
+
+def read_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """What keys and values are kept in; None is the model's own dtype."""
+    if kv_cache_dtype not in ("auto", "int8"):
+        raise ConfigError(f"kv_cache_dtype must be 'auto' or 'int8', got {kv_cache_dtype!r}")
+    return torch.int8 if kv_cache_dtype == "int8" else None
 
 
 def at_least_one(name: str, value: int) -> int:

@@ -2,9 +2,11 @@
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from types import EllipsisType
+from typing import Any, cast, overload
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,12 +23,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint_map import Slot, checkpoint_map, pack_order
-from .config import ContrastiveConfig, InternVLConfig, ModelConfig, VisionConfig, load_any_config
+from .checkpoint_map import TOWER_PREFIX, checkpoint_map, pack_order
+from .config import (
+    ORIGINAL_C,
+    ContrastiveConfig,
+    InternVLConfig,
+    LlavaConfig,
+    ModelConfig,
+    VisionConfig,
+    load_any_config,
+)
 from .errors import CheckpointError
+from .inventory import Inventory
+from .model_builder import ModelBuilder
 from .models.contrastive import ContrastiveModel
 from .models.internvl import InternVLModel
+from .models.llava import LlavaModel
 from .models.vision_tower import VisionTower
+from .quantization.config import QuantizationConfig
+from .quantization.formats.base import Format
+from .quantization.formats.detect import stored_format
+from .quantization.weight import QuantizedWeight
 
 Model = InternVLModel | ContrastiveModel | VisionTower
 
@@ -35,9 +52,14 @@ _CHECKPOINT_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
 def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors a checkpoint must hold. `config`: a folder or a decoded `config.json`."""
-    parsed = config if isinstance(config, ModelConfig) else load_any_config(config)
-    return {name: slot.shape for name, slot in checkpoint_map(parsed).items() if not slot.optional}
+    """Names and shapes of the tensors a checkpoint must hold. `config`: a folder or a decoded `config.json`.
+
+    Of a quantised checkpoint they are those that its `quantization_config` asks for; a parsed config has none.
+    """
+    parsed, stored = (
+        (config, None) if isinstance(config, ModelConfig) else (load_any_config(config), stored_format(config))
+    )
+    return {name: entry.shapes[0] for name, entry in Inventory(parsed, stored).entries.items() if not entry.optional}
 
 
 def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
@@ -81,29 +103,62 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None) -> Path:
 
 @overload
 def load_model(
-    folder: Path, config: InternVLConfig, *, dtype: torch.dtype, device: torch.device, progress: bool | None = None
+    folder: Path,
+    config: InternVLConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> InternVLModel: ...
 
 
 @overload
 def load_model(
-    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, progress: bool | None = None
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> Model: ...
 
 
 def load_model(
-    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, progress: bool | None = None
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> Model:
     """Build the model of a checkpoint folder, its parameters in `dtype` on `device`.
 
     Shards are read one after the other, memory-mapped, so that the host holds at most one of them.
-    progress: show a bar; None means on a terminal only. Raises `CheckpointError` naming tensors and files.
+    progress: show a bar; None means on a terminal only. quantization: as in `build_model`; what the folder holds
+    quantised stays as it is. Raises `CheckpointError` naming tensors and files.
     """
-    shards = _find_shards(folder)
+    shards = find_shards(folder)
+    tower = _find_tower(folder, config, shards)
+    stored = stored_format(folder)
     tensors = _read_shards(shards, progress)
-    if shards[0].suffix == ".safetensors":
-        _check_headers(shards, config)
-    return build_model(config, tensors, dtype=dtype, device=device, source=str(folder))
+    if tower:
+        tensors = chain(tensors, ((TOWER_PREFIX + name, tensor) for name, tensor in _read_shards(tower, progress)))
+    names = _all_names(shards) | {TOWER_PREFIX + name for name in _all_names(tower)} if stored is not None else None
+    if all(shard.suffix == ".safetensors" for shard in (*shards, *tower)):
+        check_headers(shards, Inventory(config, stored, names), tower)
+    return build_model(
+        config,
+        tensors,
+        dtype=dtype,
+        device=device,
+        source=str(folder),
+        quantization=quantization,
+        stored=stored,
+        names=names,
+    )
 
 
 @overload
@@ -114,6 +169,10 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     source: str = ...,
+    quantization: QuantizationConfig | None = ...,
+    stored: Format | None = ...,
+    names: Collection[str] | None = ...,
+    pack: bool = ...,
 ) -> InternVLModel: ...
 
 
@@ -125,6 +184,10 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     source: str = ...,
+    quantization: QuantizationConfig | None = ...,
+    stored: Format | None = ...,
+    names: Collection[str] | None = ...,
+    pack: bool = ...,
 ) -> Model: ...
 
 
@@ -135,25 +198,33 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     source: str = "checkpoint",
+    quantization: QuantizationConfig | None = None,
+    stored: Format | None = None,
+    names: Collection[str] | None = None,
+    pack: bool = True,
 ) -> Model:
-    """Build the model from (checkpoint name, tensor) pairs. Each expected tensor must come exactly once."""
+    """Build the model from (checkpoint name, tensor) pairs. Each expected tensor must come exactly once.
+
+    quantization: round weights to nearest as they come, so that a model never stands in `dtype` as a whole.
+    stored: the format of the tensors that are quantised already; names: of all tensors that will come, which otherwise
+    are gathered first. pack: see `quantize_model`.
+    """
+    if stored is not None and names is None:
+        tensors = list(tensors)
+        names = [name for name, _ in tensors]
     with torch.device("meta"):
         model = make_model(config).to(dtype)
-    model.to_empty(device=device)
     model.requires_grad_(False).eval()
-    parameters = dict(model.named_parameters())
-    inventory = _Inventory(config)
+    inventory = Inventory(config, stored, names)
+    builder = ModelBuilder(
+        model, inventory, quantization or QuantizationConfig(), dtype=dtype, device=device, pack=pack
+    )
     for name, tensor in tensors:
-        slot = inventory.take(name, tuple(tensor.shape), source)
-        if slot is None or slot.parameter is None:
-            continue
-        if slot.kv_groups and isinstance(config, InternVLConfig):
-            tensor = tensor[pack_order(slot.shape[0], slot.kv_groups, config.llm)]
-        parameters[slot.parameter].data[slot.rows].copy_(tensor)
+        entry = inventory.take(name, tuple(tensor.shape), source)
+        if entry is not None and entry.slot.parameter is not None:
+            builder.put(name, entry, tensor)
     inventory.check_complete(source)
-    heads = {"language_model.lm_head.weight", "language_model.output.weight"}
-    if isinstance(model, InternVLModel) and model.config.llm.tie_word_embeddings and not inventory.seen & heads:
-        model.language_model.head.weight = model.language_model.embedding
+    builder.finish()
     return model
 
 
@@ -161,58 +232,46 @@ def make_model(config: ModelConfig) -> Model:
     """The model of a config, its parameters not initialised."""
     if isinstance(config, ContrastiveConfig):
         return ContrastiveModel(config)
-    return VisionTower(config) if isinstance(config, VisionConfig) else InternVLModel(config)
+    if isinstance(config, VisionConfig):
+        return VisionTower(config)
+    return LlavaModel(config) if isinstance(config, LlavaConfig) else InternVLModel(config)
 
 
 def checkpoint_tensors(model: InternVLModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under the checkpoint's names and packing: the inverse of `build_model`."""
-    parameters = dict(model.named_parameters())
+    """The model's parameters under the checkpoint's names and packing: the inverse of `build_model`.
+
+    Quantised weights must not be packed; they come in vitrail's own layout.
+    """
     for name, slot in checkpoint_map(model.config).items():
-        if slot.parameter is None or slot.parameter not in parameters:
+        if slot.parameter is None:
             continue
-        rows = parameters[slot.parameter].data[slot.start : slot.start + slot.shape[0]]
+        path, _, leaf = slot.parameter.rpartition(".")
+        value = getattr(model.get_submodule(path), leaf)
+        if slot.optional and value is model.language_model.embedding:
+            continue
+        rows: slice | Tensor | EllipsisType = slot.rows
         if slot.kv_groups:
-            unpacked = torch.empty_like(rows)
-            unpacked[pack_order(slot.shape[0], slot.kv_groups, model.config.llm)] = rows
-            rows = unpacked
-        yield name, rows.reshape(slot.shape).contiguous()
+            rows = slot.start + pack_order(slot.shape[0], slot.kv_groups, model.config.llm).argsort()
+        if not isinstance(value, QuantizedWeight):
+            yield name, value.data[rows].reshape(slot.shape).contiguous()
+            continue
+        for part, tensor in value.rows(cast(slice | Tensor, rows)).named_buffers():
+            yield f"{name}.{part}", tensor
 
 
-class _Inventory:
-    """Which of a checkpoint's expected tensors have come, and which came that are not expected."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.slots = checkpoint_map(config)
-        self.seen: set[str] = set()
-        self.unexpected: list[str] = []
-
-    def take(self, name: str, shape: tuple[int, ...], source: str) -> Slot | None:
-        """The slot of a tensor, None for one that has none. Raises for one that came before or has another shape."""
-        slot = self.slots.get(name)
-        if slot is None:
-            if not name.endswith(("rotary_emb.inv_freq", "position_ids")):  # constants that old files store
-                self.unexpected.append(name)
-            return None
-        if name in self.seen:
-            raise CheckpointError(f"{source}: {name} occurs twice")
-        self.seen.add(name)
-        if shape != slot.shape:
-            raise CheckpointError(f"{source}: {name} has shape {shape}, the config says {slot.shape}")
-        return slot
-
-    def check_complete(self, source: str) -> None:
-        """Raises for everything that is missing or not expected, by name."""
-        missing = [name for name, slot in self.slots.items() if name not in self.seen and not slot.optional]
-        problems = []
-        for kind, names in (("missing", missing), ("unexpected", self.unexpected)):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                problems.append(f"{len(names)} tensors {kind}: {', '.join(names[:5])}{more}")
-        if problems:
-            raise CheckpointError(f"{source}: {'; '.join(problems)}")
+def _all_names(shards: list[Path]) -> set[str]:
+    """Of all tensors of a checkpoint, without reading any."""
+    names: set[str] = set()
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            with open_safetensors(shard) as file:
+                names.update(file.keys())
+        else:
+            names.update(read_pickled(shard))
+    return names
 
 
-def _find_shards(folder: Path) -> list[Path]:
+def find_shards(folder: Path) -> list[Path]:
     """The weight files of a folder, safetensors before `.bin`."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
@@ -231,21 +290,32 @@ def _find_shards(folder: Path) -> list[Path]:
             return shards
         if (folder / f"{stem}{suffix}").is_file():
             return [folder / f"{stem}{suffix}"]
+    if (folder / ORIGINAL_C).is_file():
+        return [folder / ORIGINAL_C]
     raise CheckpointError(f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of shards")
 
 
-def _check_headers(shards: list[Path], config: ModelConfig) -> None:
+def _find_tower(folder: Path, config: ModelConfig, shards: list[Path]) -> list[Path]:
+    """The files of LLaVA's vision half where it is a checkpoint of its own, in a folder of its name."""
+    if not isinstance(config, LlavaConfig) or any(name.startswith(TOWER_PREFIX) for name in _all_names(shards)):
+        return []
+    if not (folder / config.tower).is_dir():
+        raise CheckpointError(f"{folder}: its files lack the vision half; put the folder of {config.tower} into it")
+    return find_shards(folder / config.tower)
+
+
+def check_headers(shards: list[Path], inventory: Inventory, tower: Collection[Path] = ()) -> None:
     """Compare names and shapes of all safetensors headers with the config before any weight is read."""
-    inventory = _Inventory(config)
-    for shard in shards:
-        with _open_safetensors(shard) as file:
+    for shard in (*shards, *tower):
+        prefix = TOWER_PREFIX if shard in tower else ""
+        with open_safetensors(shard) as file:
             names: list[str] = file.keys()
             for name in names:
-                inventory.take(name, tuple(file.get_slice(name).get_shape()), str(shard))
+                inventory.take(prefix + name, tuple(file.get_slice(name).get_shape()), str(shard))
     inventory.check_complete(str(shards[0].parent))
 
 
-def _open_safetensors(shard: Path) -> Any:
+def open_safetensors(shard: Path) -> Any:
     try:
         return safe_open(shard, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -256,22 +326,24 @@ def _read_shards(shards: list[Path], progress: bool | None) -> Iterator[tuple[st
     bar = tqdm(shards, desc="loading", unit="shard", disable=None if progress is None else not progress)
     for shard in bar:
         if shard.suffix == ".safetensors":
-            with _open_safetensors(shard) as file:
+            with open_safetensors(shard) as file:
                 names: list[str] = file.keys()
                 for name in names:
                     yield name, file.get_tensor(name)
         else:
-            yield from _read_pickled(shard).items()
+            yield from read_pickled(shard).items()
 
 
-def _read_pickled(shard: Path) -> dict[str, Tensor]:
-    """Tensors of a `.bin` shard; nothing but tensors is unpickled."""
+def read_pickled(shard: Path) -> dict[str, Tensor]:
+    """Tensors of a `.bin` or `.pth` shard; nothing but tensors is unpickled."""
     try:
         # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(shard)
         values = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a broken or unsafe file
         raise CheckpointError(f"{shard}: not a readable weights file ({type(error).__name__})") from None
+    if shard.suffix == ".pth" and isinstance(values, dict):  # some are wrapped as training frameworks do
+        values = values.get("module", values)
     flat = isinstance(values, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values.items())
     if not flat:
         raise CheckpointError(f"{shard}: does not hold a flat map of names to tensors")

@@ -1,6 +1,6 @@
 """Paged keys and values: fixed-size blocks of tokens, which a sequence holds in any order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.dispatch import simulation
+from ...kernels.quantized_cache import Cache, QuantizedCache
 from ..config import DecoderConfig
 
 # Tokens of a block: one key block of the prefill kernel, and at most 63 tokens of waste in a sequence.
@@ -17,8 +18,8 @@ BLOCK_SIZE = 64
 class KVCache:
     """Keys and values of `num_blocks` blocks, all allocated at once; which sequence holds which is the caller's.
 
-    keys, values: (layers, num_blocks, block_size, kv_heads, head_dim), contiguous on a GPU. A token's slot is
-    block * block_size + offset.
+    keys, values: (layers, num_blocks, block_size, kv_heads, head_dim), contiguous on a GPU; of `dtype` int8 they are
+    `QuantizedCache`s, codes with a scale for each token and head. A token's slot is block * block_size + offset.
     """
 
     def __init__(
@@ -30,16 +31,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
-        # A CPU reads the tokens of one head after the other: together they are, in neighbouring blocks, one matrix.
-        heads_first = device.type == "cpu" and simulation() is None
-        if heads_first:
-            shape = (layers, kv_heads, num_blocks, block_size, config.head_dim)
-        else:
-            shape = (layers, num_blocks, block_size, kv_heads, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.keys = keys.permute(0, 2, 3, 1, 4) if heads_first else keys
-        self.values = values.permute(0, 2, 3, 1, 4) if heads_first else values
+        self.keys, self.values = (_allocate(config, num_blocks, block_size, dtype, device) for _ in range(2))
+
+    @staticmethod
+    def bytes_per_block(config: DecoderConfig, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> int:
+        """Of the keys and values of one block, in all layers."""
+        scales = torch.float32.itemsize if dtype == torch.int8 else 0
+        per_head = config.head_dim * dtype.itemsize + scales
+        return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * per_head
 
     @property
     def num_blocks(self) -> int:
@@ -51,13 +50,39 @@ class KVCache:
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks over others."""
-        for cache in (self.keys, self.values):
-            cache[:, list(targets)] = cache[:, list(sources)]
+        for memory in self._memory():
+            memory[:, list(targets)] = memory[:, list(sources)]
 
     def copy_from(self, other: "KVCache") -> None:
         """Take over all blocks of a smaller cache."""
-        self.keys[:, : other.num_blocks] = other.keys
-        self.values[:, : other.num_blocks] = other.values
+        for ours, theirs in zip(self._memory(), other._memory(), strict=True):
+            ours[:, : other.num_blocks] = theirs
+
+    def _memory(self) -> Iterator[Tensor]:
+        """All there is: (layers, num_blocks, ...) each."""
+        for cache in (self.keys, self.values):
+            if isinstance(cache, QuantizedCache):
+                yield cache.codes
+                yield cache.scales
+            else:
+                yield cache
+
+
+def _allocate(
+    config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> Cache:
+    layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+    # A CPU reads the tokens of one head after the other: together they are, in neighbouring blocks, one matrix.
+    heads_first = device.type == "cpu" and simulation() is None
+
+    def zeros(dtype: torch.dtype, *channels: int) -> Tensor:
+        if not heads_first:
+            return torch.zeros((layers, num_blocks, block_size, kv_heads, *channels), dtype=dtype, device=device)
+        memory = torch.zeros((layers, kv_heads, num_blocks, block_size, *channels), dtype=dtype, device=device)
+        return memory.movedim(1, 3)
+
+    values = zeros(dtype, config.head_dim)
+    return QuantizedCache(values, zeros(torch.float32)) if dtype == torch.int8 else values
 
 
 @dataclass(frozen=True)

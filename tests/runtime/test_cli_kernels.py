@@ -19,7 +19,7 @@ from .command_line import vitrail
 pytest.importorskip("triton")
 
 
-def two_launches(config, target, dtype, tuned=True) -> list[Launch]:
+def two_launches(config, target, dtype, tuned=True, quantization=None, cache_dtype=None) -> list[Launch]:
     assert tuned
     launches: list[Launch] = []
     x, weight = torch.empty(5, 64, dtype=dtype, device="meta"), torch.empty(64, dtype=dtype, device="meta")
@@ -52,6 +52,21 @@ def test_a_pack_is_built_for_each_architecture_and_not_twice(few, tmp_path: Path
     ran = vitrail("build-kernels", *options)
     assert (ran.status, ran.err) == (0, "")
     assert ran.out == f"4 binaries for sm_80, sm_90 in {tmp_path}, 0 new\n"
+
+
+def test_what_is_quantised_reaches_the_recording(few, monkeypatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(kernel_pack, "record_launches", lambda *args, **options: asked.append(options) or [])
+    folder = ("--arch", "sm_90", "--model", "nano", "-o", tmp_path)
+    assert vitrail("build-kernels", *folder, "--llm", "int8", "--kv-cache-dtype", "int8").status == 0
+    assert (asked[-1]["quantization"].llm, asked[-1]["quantization"].vision) == ("int8", None)
+    assert asked[-1]["cache_dtype"] == torch.int8
+    assert vitrail("build-kernels", *folder).status == 0
+    assert (asked[-1]["quantization"], asked[-1]["cache_dtype"]) == (None, None)
+    for option in (("--llm", "int5"), ("--vision", "int4"), ("--kv-cache-dtype", "int5")):
+        ran = vitrail("build-kernels", *folder, *option)
+        assert (ran.status, ran.err.count("\n")) == (2, 1)
+        assert option[1] in ran.err
 
 
 @pytest.fixture
@@ -94,7 +109,7 @@ def test_the_gpus_of_this_machine_count_too(few, compiler, tmp_path: Path, monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(dispatch, "cuda_target", lambda device: here)
     asked = []
-    monkeypatch.setattr(kernel_pack, "record_launches", lambda config, target, dtype, tuned: asked.append(target) or [])
+    monkeypatch.setattr(kernel_pack, "record_launches", lambda config, target, dtype, **_: asked.append(target) or [])
     vitrail("build-kernels", "-o", tmp_path, "--model", "nano")
     assert asked == [dispatch.A100, dispatch.H200, here]
     asked.clear()

@@ -15,6 +15,8 @@ from vitrail.runtime.errors import CheckpointError
 from vitrail.runtime.kernel_pack import GEOMETRIES, find_config, record_launches
 from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.models.internvl import InternVLModel
+from vitrail.runtime.quantization.config import QuantizationConfig
+from vitrail.runtime.quantization.model import quantize_model
 from vitrail.runtime.request import GenerationConfig
 from vitrail.runtime.sampler import SamplingState, _draw
 
@@ -79,12 +81,46 @@ def test_another_dtype_has_binaries_of_its_own() -> None:
     assert len(recorded[0]) == len(recorded[1])
 
 
-@pytest.mark.parametrize("arch", dispatch.ARCHS)
+@pytest.mark.parametrize(("arch", "method"), [("sm_80", "int8"), ("sm_90", "int8"), ("sm_90", "fp8")])
+def test_a_quantised_model_has_its_products_its_norms_and_its_cache_recorded(arch, method) -> None:
+    launches = record_launches(
+        find_config("nano"),
+        dispatch.REPRESENTATIVE[arch],
+        torch.bfloat16,
+        quantization=QuantizationConfig(method, method),
+        cache_dtype=torch.int8,
+    )
+    codes = {"int8": "*i8:16", "fp8": "*fp8e4nv:16"}[method]
+    kernels = ("_scaled_persistent_kernel", "_scaled_pipelined_kernel")
+    products = [launch for launch in launches if launch.name in kernels]
+    assert {launch.signature[0] for launch in products} == {codes}
+    assert {dict(launch.constants)["EPILOGUE"] for launch in products} >= {"none", "gelu", "swiglu"}
+    norms = [launch for launch in launches if launch.name == "_norm_kernel"]
+    assert codes in {launch.signature[6] for launch in norms}
+    for launch in launches:
+        if launch.name in ("_rope_and_cache_kernel", "_paged_prefill_kernel", "_paged_decode_kernel"):
+            assert "*i8:16" in launch.signature
+    # fc1 leaves codes where the scales of fc2's inputs are known beforehand.
+    assert (codes in {launch.signature[6] for launch in products}) == (method == "int8")
+
+
+@pytest.mark.parametrize(
+    ("arch", "method"), [("sm_80", None), ("sm_90", None), ("sm_80", "int8"), ("sm_90", "int8"), ("sm_90", "fp8")]
+)
 @torch.inference_mode()
-def test_the_engine_launches_nothing_that_is_not_recorded(arch) -> None:
+def test_the_engine_launches_nothing_that_is_not_recorded(arch, method) -> None:
     config = load_config(chat_config(llm={"max_position_embeddings": 512}))
-    recorded = set(record_launches(config, dispatch.REPRESENTATIVE[arch], torch.bfloat16))
-    model = InternVLModel(config).to(torch.bfloat16).requires_grad_(False)  # whatever is in memory will do
+    recorded = set(
+        record_launches(
+            config, dispatch.REPRESENTATIVE[arch], torch.bfloat16, quantization=QuantizationConfig(method, method)
+        )
+    )
+    model = InternVLModel(config).to(torch.bfloat16).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_()
+    if method is not None:
+        with dispatch.simulate(dispatch.REPRESENTATIVE[arch], []):
+            quantize_model(model, method, method)
     runner = Runner(model, max_num_seqs=64, max_model_len=512, enforce_eager=True)
     launches: list[Launch] = []
     with dispatch.simulate(dispatch.REPRESENTATIVE[arch], launches):

@@ -1,0 +1,1 @@
+"""Quantised checkpoints: what their config says, and how their tensors become canonical weights."""
