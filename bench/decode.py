@@ -88,12 +88,12 @@ def main() -> None:
             runner.allocate(blocks, keep=False)
         for batch in arguments.batch:
             rows += measure_batch(runners, peer, batch, arguments.context, ceiling)
-    path = write_results(
-        results_path("decode", arguments.out),
-        rows,
-        title="Decoding, InternLM2-20B, bf16",
-        notes=str(ceiling),
-    )
+            path = write_results(
+                results_path("decode", arguments.out),
+                rows,
+                title="Decoding, InternLM2-20B, bf16",
+                notes=str(ceiling),
+            )
     for row in rows:
         print(
             f"batch {row['batch']:3} context {row['context']:5}  {row['path']:34} {row['ms']:8.2f} ms "

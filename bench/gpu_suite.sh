@@ -35,7 +35,9 @@ run_section() {
         vision) timeout 480 "$PYTHON" bench/vision.py --out "$out" ;;
         table_g) timeout 480 "$PYTHON" bench/table_g.py --out "$out" ;;
         decode) timeout 480 "$PYTHON" bench/decode.py --out "$out" ;;
-        engine) timeout 480 "$PYTHON" bench/latency.py --device cuda --models v1.5 --dtypes bfloat16 --out "$out" ;;
+        engine)
+            timeout 180 "$PYTHON" bench/latency.py --device cuda --models v1.5 --dtypes bfloat16 --out "$out"
+            timeout 300 "$PYTHON" bench/throughput.py --device cuda --models v1.5 --out "$out" ;;
     esac
 }
 

@@ -197,12 +197,12 @@ def main() -> None:
                     f"transformers {row['transformers_ms']:9.2f} ms, {row['times_as_fast']:.2f} times as fast",
                     flush=True,
                 )
-    path = write_results(
-        results_path("latency", arguments.out),
-        rows,
-        title="Latency of one request, vitrail against transformers",
-        notes="Medians; transformers with SDPA attention.",
-    )
+            path = write_results(
+                results_path("latency", arguments.out),
+                rows,
+                title="Latency of one request, vitrail against transformers",
+                notes="Medians; transformers with SDPA attention.",
+            )
     print(f"written to {path}")
 
 

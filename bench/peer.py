@@ -4,7 +4,7 @@ Projections that vitrail keeps joined ([q | k | v], [gate | up]) are handed over
 models stand in memory once. InternLM2 becomes the LLaMA it equals.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from transformers import (
 from vitrail.runtime.config import DecoderConfig
 from vitrail.runtime.models.decoder import Decoder
 from vitrail.runtime.models.intern_vit import InternViT
-from vitrail.runtime.models.internvl import InternVLModel
+from vitrail.runtime.models.internvl import InternVLModel, Projector
 
 _LANGUAGE_CONFIGS = {
     "InternLM2ForCausalLM": LlamaConfig,
@@ -52,7 +52,7 @@ def transformers_model(model: InternVLModel, image_token_id: int) -> Any:
         tie_word_embeddings=False,
     )
     state = {f"model.vision_tower.{name}": tensor for name, tensor in _vision_state(model.vision_model).items()}
-    projector = model.projector
+    projector = cast(Projector, model.projector)
     for name, part in (
         ("layer_norm", projector.norm),
         ("linear_1", projector.linear_1),
@@ -135,7 +135,7 @@ def _language_state(decoder: Decoder) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {
         "model.language_model.embed_tokens.weight": decoder.embedding,
         "model.language_model.norm.weight": decoder.norm.weight,
-        "lm_head.weight": decoder.head.weight,
+        "lm_head.weight": cast(Tensor, decoder.head.weight),
     }
     names = {
         "attention_norm": "input_layernorm",

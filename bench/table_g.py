@@ -97,16 +97,16 @@ def main() -> None:
         for size in arguments.sizes:
             ms = measure_size(model, size, arguments.batch, arguments.at_once)
             rows += rows_of(size, ms, ceiling.matmul_flops)
+            path = write_results(
+                results_path("table_g", arguments.out),
+                rows,
+                title=f"Table G of the InternVL paper, bf16, batch {arguments.batch}",
+                notes=f"{ceiling} The paper's figures are of one A100.",
+            )
     for row in rows:
         milliseconds = f"image {row['image_encoder_ms']:6.2f} ms, total {row['total_ms']:6.2f} ms"
         rate = f"{row['FPS']:6.1f} pairs/s ({row['paper_A100_FPS']:.1f} in the paper)"
         print(f"{row['model']} {row['size']} px  {milliseconds}, {rate}, {row['share']:.2f} of cuBLAS")
-    path = write_results(
-        results_path("table_g", arguments.out),
-        rows,
-        title=f"Table G of the InternVL paper, bf16, batch {arguments.batch}",
-        notes=f"{ceiling} The paper's figures are of one A100.",
-    )
     print(f"written to {path}")
 
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         VisualTokens,
     )
     from .weights import expected_tensors
+    from .zero_shot import Classification
 
 _SOURCES = {
+    "Classification": "zero_shot",
     "Runtime": "api",
     "generate": "api",
     "expected_tensors": "weights",
@@ -35,6 +37,7 @@ _SOURCES = {
 _MODULES = ("errors", "image", "pdf", "video")
 
 __all__ = [
+    "Classification",
     "GenerationConfig",
     "GenerationOutput",
     "Runtime",

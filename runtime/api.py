@@ -4,8 +4,10 @@ What contrastive models are asked stands in `contrastive.py`, hidden states of t
 """
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self, overload
@@ -16,25 +18,30 @@ from tqdm import tqdm
 
 from .config import InternVLConfig, VisionConfig, load_any_config
 from .contrastive import ContrastiveCalls
-from .engine.engine import Engine
+from .engine.engine import Engine, request_usage
 from .engine.processor import Conversation, Picture, Processor
 from .engine.sequence import Request
-from .errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
+from .errors import CheckpointError, ConfigError, InvalidRequestError, VitrailError
 from .features import Images, as_list
 from .image import ImageLimits, ImageSource
+from .loaded import require_chat
 from .messages import conversation_of
 from .models.internvl import InternVLModel
 from .models.vision_tower import VisionTower
 from .options import (
     at_least_one,
+    read_cache_dtype,
     read_device,
     read_dtype,
     read_image_limit,
     read_positive,
+    read_quantization,
     read_share,
     refuse_unavailable,
 )
 from .prompt import IMAGE_MARK, get_template, place_images, stop_tokens
+from .quantization.config import QuantizationConfig
+from .quantization.model import capturable
 from .request import (
     Completion,
     GenerationConfig,
@@ -69,11 +76,17 @@ class Runtime(ContrastiveCalls):
         name: str = "model",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 8192,
         gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        vision_cache_gb: float = 1.0,
         enforce_eager: bool = False,
+        kv_cache_dtype: str = "auto",
+        deterministic: bool = False,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
         image_limits: ImageLimits | None = None,
         allowed_local_media_path: str | Path | None = None,
+        revision: str | None = None,
         load_ms: float = 0.0,
     ) -> None:
         super().__init__(model, tokenizer, name=name, limits=image_limits or ImageLimits(), load_ms=load_ms)
@@ -104,12 +117,19 @@ class Runtime(ContrastiveCalls):
         engine = Engine(
             model,
             tokenizer,
-            context_token_id=_control_id(tokenizer, "<IMG_CONTEXT>"),
+            processor,
+            context_token_id=_control_id(tokenizer, model.config.context_token),
             stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(processor.template)),
             max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
             max_model_len=self.max_model_len,
+            max_num_batched_tokens=at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             gpu_memory_utilization=read_share("gpu_memory_utilization", gpu_memory_utilization),
-            enforce_eager=enforce_eager,
+            enable_prefix_caching=enable_prefix_caching,
+            vision_cache_bytes=int(_read_size("vision_cache_gb", vision_cache_gb) * 1e9),
+            enforce_eager=enforce_eager or not capturable(model),
+            cache_dtype=read_cache_dtype(kv_cache_dtype),
+            deterministic=deterministic,
+            revision=f"{name}@{revision}",
         )
         self._chat = (processor, engine)
 
@@ -121,7 +141,7 @@ class Runtime(ContrastiveCalls):
         revision: str | None = None,
         dtype: str | torch.dtype = "bfloat16",
         device: str | torch.device | None = None,
-        quantization: str | None = None,
+        quantization: str | QuantizationConfig | None = None,
         vision_quantization: str | None = None,
         vision_backend: str = "torch",
         vision_devices: Sequence[str] | None = None,
@@ -149,33 +169,42 @@ class Runtime(ContrastiveCalls):
 
         device: "cpu", "cuda", "cuda:1"; None is the best present. dtype: "bfloat16", "float16" or "float32".
         max_model_len: tokens of a prompt and its answer; None is what the checkpoint was made for.
+        quantization, vision_quantization: round the weights of a half to nearest while they are loaded: "int8" (with
+        activations in int8), "int8-weight", "int4" (language half only), "fp8", "nf4" (language half only), "bnb-int8".
+        That is uncalibrated, and a warning says so; what a checkpoint holds quantised is recognised without them. A
+        QuantizationConfig in place of the name says both halves, group size and exceptions.
         enforce_eager: no CUDA graphs, which take some seconds at the start and some memory.
-        max_num_batched_tokens, enable_prefix_caching and vision_cache_gb change no answer and have no effect yet.
+        max_num_batched_tokens: prompt tokens, or tiles counted as their visual tokens, that one step runs at most; 512
+        while others decode, or fewer if this is.
+        enable_prefix_caching: prompts that begin alike, with the same images, share keys and values.
+        vision_cache_gb: host memory for the visual tokens of images seen before; 0 for none.
+        kv_cache_dtype: "auto", as the model computes, or "int8", half the memory of 16 bits or less.
+        deterministic: the same answer to the bit whatever runs beside a request; slower (docs/engine.md).
         Options that would change what runs and are not available yet raise `UnsupportedError`.
         progress: show a loading bar; None means on a terminal only.
         Raises `CheckpointError` or `ConfigError` where the checkpoint is missing or wrong.
         """
         refuse_unavailable(
-            quantization=(quantization, None),
-            vision_quantization=(vision_quantization, None),
             vision_backend=(vision_backend, "torch"),
             vision_devices=(vision_devices, None),
             llm_devices=(llm_devices, None),
             placement=(placement, "auto"),
             tensor_parallel_size=(tensor_parallel_size, 1),
-            kv_cache_dtype=(kv_cache_dtype, "auto"),
-            deterministic=(deterministic, False),
             allowed_media_domains=(tuple(allowed_media_domains or ()), ()),
         )
         start = perf_counter()
         # All options are read before weights are: a mistake should not cost minutes of loading.
         torch_dtype, torch_device = read_dtype(dtype), read_device(device)
+        rounding = read_quantization(quantization, vision_quantization, torch_device)
+        read_cache_dtype(kv_cache_dtype)
         image_limits = ImageLimits(
             at_least_one("max_image_pixels", max_image_pixels),
             read_positive("max_aspect_ratio", max_aspect_ratio),
             exif_orientation,
         )
         at_least_one("max_num_seqs", max_num_seqs)
+        at_least_one("max_num_batched_tokens", max_num_batched_tokens)
+        _read_size("vision_cache_gb", vision_cache_gb)
         read_image_limit(limit_mm_per_prompt)
         read_share("gpu_memory_utilization", gpu_memory_utilization)
         folder = resolve_checkpoint(model, revision)
@@ -183,18 +212,26 @@ class Runtime(ContrastiveCalls):
         tokenizer = None if isinstance(config, VisionConfig) else load_tokenizer(folder)
         if isinstance(config, InternVLConfig):
             get_template(config.template)
-        loaded = load_model(folder, config, dtype=torch_dtype, device=torch_device, progress=progress)
+        loaded = load_model(
+            folder, config, dtype=torch_dtype, device=torch_device, progress=progress, quantization=rounding
+        )
         return cls(
             loaded,
             tokenizer,
             name=str(model),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            vision_cache_gb=vision_cache_gb,
             enforce_eager=enforce_eager,
+            kv_cache_dtype=kv_cache_dtype,
+            deterministic=deterministic,
             limit_mm_per_prompt=limit_mm_per_prompt,
             image_limits=image_limits,
             allowed_local_media_path=allowed_local_media_path,
+            revision=revision,
             load_ms=(perf_counter() - start) * 1e3,
         )
 
@@ -294,7 +331,7 @@ class Runtime(ContrastiveCalls):
         self, prompt: str, images: Images, system: str | None, config: GenerationConfig
     ) -> Request | VitrailError:
         try:
-            return self._submit(self._conversation(prompt, images, None, None, system), config)
+            return self._submit(self._conversation(prompt, images, None, None, system), config, ahead=True)
         except VitrailError as error:
             return error
 
@@ -347,20 +384,38 @@ class Runtime(ContrastiveCalls):
         """`generate` of one prompt without blocking the event loop. Cancelling the task aborts the request."""
         config, conversation = await asyncio.to_thread(self._read_call, prompt, images, keywords)
         name = request_id or uuid4().hex
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
         cancelled = threading.Event()
 
         def submit() -> Request:
-            request = self._submit(conversation, config, name)
-            if cancelled.is_set():  # while the images were read, when there was nothing to abort yet
+            request = self._submit(conversation, config, name, ahead=True)
+            if cancelled.is_set():  # while headers were read, when there was nothing to abort yet
                 self.abort(name)
             return request
 
+        def notify() -> None:
+            with suppress(RuntimeError):  # the event loop was closed meanwhile
+                loop.call_soon_threadsafe(news.set)
+
         try:
-            return await asyncio.to_thread(self._finish, await asyncio.to_thread(submit))
+            request = await asyncio.to_thread(submit)
         except asyncio.CancelledError:
             cancelled.set()
-            self.abort(name)
             raise
+        self.engine.run_in_background(request, notify)
+        try:
+            while request.finished is None:
+                await news.wait()
+                news.clear()
+        except asyncio.CancelledError:
+            self.abort(name)
+            while request.finished is None:  # a step may be under way: when this returns everything is free
+                await news.wait()
+                news.clear()
+            raise
+        if request.error is not None:
+            raise request.error
+        return _output(request)
 
     def _read_call(
         self, prompt: str, images: Images, keywords: dict[str, Any]
@@ -406,6 +461,23 @@ class Runtime(ContrastiveCalls):
             conversation, max_tiles=limits.max_tiles, total_max_tiles=limits.total_max_tiles
         ).usage
 
+    # --- what happens inside ---
+
+    def stats(self) -> dict[str, Any]:
+        """Requests, tokens, tiles, seconds by stage, batches and caches since the start, in plain types."""
+        self._check_open()
+        return self.engine.stats()
+
+    @contextmanager
+    def trace(self, file: str | Path) -> Iterator[None]:
+        """Write a timeline of both halves while the block runs, in the format of chrome://tracing and Perfetto."""
+        recorder = self.engine.recorder
+        recorder.start_trace()
+        try:
+            yield
+        finally:
+            recorder.write_trace(file)
+
     # --- life ---
 
     def close(self) -> None:
@@ -428,10 +500,9 @@ class Runtime(ContrastiveCalls):
 
     def _chat_parts(self) -> tuple[Processor, Engine]:
         if self._chat is None:
-            what = "contrastive model (InternVL-C/G), which has embed, score, classify, match, caption and features"
-            if self.tokenizer is None:
-                what = "vision encoder on its own, which has features"
-            raise UnsupportedError(f"{self.name} is a {what}; this needs a chat model")
+            self._check_open()
+            require_chat(self._model.config, self.name)
+        assert self._chat is not None
         return self._chat
 
     def _conversation(
@@ -455,14 +526,23 @@ class Runtime(ContrastiveCalls):
             turns[0] = (place_images(turns[0][0], len(pictures), has_history=False, label=label), turns[0][1])
         return Conversation(turns, pictures, system)
 
-    def _submit(self, conversation: Conversation, config: GenerationConfig, request_id: str | None = None) -> Request:
+    def _submit(
+        self,
+        conversation: Conversation,
+        config: GenerationConfig,
+        request_id: str | None = None,
+        *,
+        ahead: bool = False,
+    ) -> Request:
+        """Queue a request, its images read already, or `ahead` of its turn by threads of the engine."""
         self._check_open()
         start = perf_counter()
         prepared = self.processor.prepare(
-            conversation, max_tiles=config.max_tiles, total_max_tiles=config.total_max_tiles
+            conversation, max_tiles=config.max_tiles, total_max_tiles=config.total_max_tiles, decode=False
         )
+        loaded = [] if ahead else [self.engine.load(prepared, config)]
         elapsed_ms = (perf_counter() - start) * 1e3
-        return self.engine.submit(request_id or uuid4().hex, prepared, config, elapsed_ms)
+        return self.engine.submit(request_id or uuid4().hex, prepared, config, elapsed_ms, *loaded)
 
     def _finish(self, request: Request) -> GenerationOutput:
         """Drive the engine until the request is done."""
@@ -473,18 +553,11 @@ class Runtime(ContrastiveCalls):
 
 def _output(request: Request) -> GenerationOutput:
     prepared = request.prepared
-    completions = request.completions
-    usage = prepared.usage
     return GenerationOutput(
-        outputs=completions,
+        outputs=request.completions,
         prompt_token_ids=prepared.token_ids,
         num_tiles=prepared.num_tiles,
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=sum(len(completion.token_ids) for completion in completions),
-            image_tokens=usage.image_tokens,
-            image_tiles=usage.image_tiles,
-        ),
+        usage=request_usage(request),
         metrics=request.metrics,
     )
 
@@ -512,6 +585,13 @@ def _checked_history(history: History | None) -> History:
 def _config(base: GenerationConfig | None, keywords: Mapping[str, Any], *call_keywords: str) -> GenerationConfig:
     """`base` with `keywords` on top; `call_keywords` are the call's own, which a misspelling may be nearest to."""
     return GenerationConfig.from_kwargs(base, keywords, also_known=call_keywords)
+
+
+def _read_size(name: str, value: float) -> float:
+    """`value`, a number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be a number of at least 0, not {value!r}")
+    return value
 
 
 def _control_id(tokenizer: Tokenizer, token: str) -> int:
@@ -553,6 +633,7 @@ def generate(
     key = (str(model), repr(sorted(options.items())))
     with _runtimes_lock:
         if key not in _runtimes:
+            require_chat(load_any_config(resolve_checkpoint(model, options.get("revision"))), str(model))
             _runtimes[key] = Runtime.from_pretrained(model, **options)
         runtime = _runtimes[key]
     return runtime.generate(prompt, images, **keywords)

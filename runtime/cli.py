@@ -10,9 +10,12 @@ import pkgutil
 import platform
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +23,8 @@ from rich.table import Table
 
 from .cli_contrastive import embed, evaluate
 from .cli_kernels import build_kernels
-from .cli_options import AsJson, Device, Dtype, Model, console, fail, load_runtime
+from .cli_options import AsJson, Device, Dtype, Model, Quantization, VisionQuantization, console, fail, load_runtime
+from .cli_quantize import quantize, verify
 from .errors import VitrailError
 from .request import GenerationConfig
 
@@ -41,6 +45,7 @@ MaxTiles = Annotated[int | None, typer.Option(help="The most tiles an image may 
 
 def main() -> None:
     """Run the command line; mistakes of the caller end in one line and exit status 2."""
+    warnings.formatwarning = lambda message, *_: f"vitrail: {message}\n"  # the place in the code helps no user
     try:
         app()
     except VitrailError as error:
@@ -50,6 +55,8 @@ def main() -> None:
 app.command()(embed)
 app.add_typer(evaluate, name="eval")
 app.command()(build_kernels)
+app.command()(quantize)
+app.command()(verify)
 
 
 @app.command()
@@ -66,8 +73,11 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write a timeline in Chrome's trace format.")] = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    quantization: Quantization = None,
+    vision_quantization: VisionQuantization = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one question, about images if there are any."""
@@ -83,7 +93,8 @@ def generate(
 
         images = list(render_pages(pdf))
     keywords: dict[str, Any] = {"video": video, "system": system, "generation_config": config}
-    with load_runtime(model, dtype, device) as runtime:
+    loaded = load_runtime(model, dtype, device, quantization=quantization, vision_quantization=vision_quantization)
+    with loaded as runtime, runtime.trace(trace) if trace else nullcontext():
         if stream and not as_json:
             for delta in runtime.stream(prompt, images, **keywords):
                 print(delta.text, end="", flush=True)
@@ -116,6 +127,8 @@ def chat(
     temperature: Temperature = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    quantization: Quantization = None,
+    vision_quantization: VisionQuantization = None,
 ) -> None:
     """Talk to a model; answers stream. /image FILE adds an image to the next question, /reset forgets, /quit ends."""
     config = GenerationConfig(max_tiles=max_tiles, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -124,7 +137,8 @@ def chat(
     pending: list[Any] = list(image or [])
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are refused as a question, not here
-    with load_runtime(model, dtype, device) as runtime:
+    loaded = load_runtime(model, dtype, device, quantization=quantization, vision_quantization=vision_quantization)
+    with loaded as runtime:
         while True:
             line = _read_line()
             if line is None or line == "/quit":
@@ -185,10 +199,11 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: its halves, parameters, memory at each dtype, tokens per image."""
     from .config import ContrastiveConfig, InternVLConfig, load_any_config
+    from .quantization.formats.detect import stored_format
     from .weights import expected_tensors, resolve_checkpoint
 
     folder = resolve_checkpoint(model)
-    config = load_any_config(folder)
+    config, stored = load_any_config(folder), stored_format(folder)
     vision = config.vision if isinstance(config, InternVLConfig | ContrastiveConfig) else config
     shapes = expected_tensors(config)
     sizes = {"vision": 0, "projector": 0, "language": 0}
@@ -198,7 +213,8 @@ def inspect(
     facts: dict[str, Any] = {
         "folder": str(folder),
         "architecture": f"InternViT {vision.hidden_size} x {vision.num_hidden_layers} blocks",
-        "tensors": len(shapes),
+        "tensors": len(expected_tensors(folder)),
+        "quantization": None if stored is None else stored.describe(),
         "parameters": {**sizes, "total": total},
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total, "int8": total, "int4": total // 2},
     }
@@ -216,9 +232,8 @@ def inspect(
         llm = config.llm
         facts["architecture"] += f", QLLaMA {llm.hidden_size} x {llm.num_hidden_layers} layers"
         facts |= {"embed_dim": config.embed_dim, "queries": config.num_query_tokens}
-        rows.append(
-            ("embeddings", f"{config.embed_dim} numbers; InternVL-C, and G by {config.num_query_tokens} queries")
-        )
+        grounded = f", and G by {config.num_query_tokens} queries" if config.num_query_tokens else " alone"
+        rows.append(("embeddings", f"{config.embed_dim} numbers; InternVL-C{grounded}"))
     if as_json:
         print(json.dumps({**facts, "config": asdict(config)}, ensure_ascii=False))
         return
@@ -226,7 +241,9 @@ def inspect(
     table.add_row("checkpoint", str(folder))
     table.add_row("architecture", facts["architecture"])
     table.add_row("parameters", ", ".join(f"{half} {_millions(size)}" for half, size in sizes.items() if size))
-    table.add_row("in all", f"{_millions(total)} in {len(shapes)} tensors")
+    table.add_row("in all", f"{_millions(total)} in {facts['tensors']} tensors")
+    if stored is not None:
+        table.add_row("quantised", stored.describe())
     for dtype, size in facts["weight_bytes"].items():
         table.add_row(f"weights in {dtype}", _bytes(size))
     for row in rows:
@@ -236,10 +253,13 @@ def inspect(
 
 def _half(tensor: str) -> str:
     """Which half of a model a checkpoint's tensor belongs to."""
-    part = tensor.partition(".")[0]
-    if part in ("vision_model", "embeddings", "encoder"):
+    part = tensor.removeprefix("model.").partition(".")[0]
+    if part in ("vision_model", "vision_tower", "embeddings", "encoder"):
         return "vision"
-    return "language" if part in ("language_model", "qllama", "query_tokens") else "projector"
+    if part in ("blocks", "cls_token", "pos_embed", "patch_embed"):  # of InternVL-C's original file
+        return "vision"
+    language = ("language_model", "qllama", "query_tokens", "transformer", "embed_tokens", "layers", "norm", "lm_head")
+    return "language" if part in language else "projector"
 
 
 def _chat_facts(config: "InternVLConfig") -> dict[str, Any]:
@@ -278,6 +298,7 @@ def doctor(as_json: AsJson = False) -> None:
         "tensorrt": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
         "video": ("av",),
         "pdf": ("pypdfium2",),
+        "structured": ("llguidance",),
         "server": ("fastapi", "uvicorn", "prometheus-client"),
         "ray": ("ray",),
     }
@@ -333,7 +354,7 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A sc
         script = importlib.import_module(f"{scripts.__name__}.{name}")
     except ModuleNotFoundError as error:
         fail(f"bench {name} needs the package {error.name}: pip install 'vitrail[dev]'")
-    script.main()
+    sys.exit(script.main() or 0)  # the status of those that have marks to keep
 
 
 def _kernels() -> dict[str, str]:

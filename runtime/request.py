@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
-from .errors import InvalidRequestError, UnsupportedError
+from .errors import InvalidRequestError
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,12 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(read(f"{name}[{index}]", token) for index, token in enumerate(values))
 
 
+def _salt(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_STRING_LENGTH:
+        raise _refuse(name, value, f"a string of 1 to {MAX_STRING_LENGTH} characters")
+    return value
+
+
 def _logit_bias(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIASES:
         raise _refuse(name, value, f"a mapping of at most {MAX_LOGIT_BIASES} token ids to numbers from -100 to 100")
@@ -112,11 +118,26 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
 
 
 def _response_format(name: str, value: Any) -> dict[str, Any]:
+    """One of the forms OpenAI's API has, or our own for a regular expression; whether it can be kept is told later."""
+    forms = (
+        '{"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}} '
+        'or {"type": "regex", "regex": "..."}'
+    )
     if not isinstance(value, Mapping):
-        raise _refuse(name, value, 'None or {"type": "text"}')
-    if dict(value) != {"type": "text"}:
-        raise UnsupportedError(f"{name}={_show(value)}: structured output is not available yet, only plain text is")
-    return dict(value)
+        raise _refuse(name, value, f"None, {forms}")
+    kind, fields = value.get("type"), value.keys() - {"type"}
+    if kind in ("text", "json_object") and not fields:
+        return {"type": kind}
+    if kind == "regex" and fields == {"regex"} and isinstance(value["regex"], str):
+        return dict(value)
+    described = value.get("json_schema")
+    if kind == "json_schema" and fields == {"json_schema"} and isinstance(described, Mapping):
+        schema = described.get("schema")
+    else:
+        schema = None
+    if isinstance(schema, Mapping | bool):
+        return dict(value)
+    raise _refuse(name, value, forms)
 
 
 # --- Settings ---
@@ -152,6 +173,7 @@ class GenerationKeywords(TypedDict, total=False):
     include_stop_str_in_output: bool | None
     max_tiles: int | None
     total_max_tiles: int | None
+    cache_salt: str | None
 
 
 ALIASES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "random_seed": "seed", "stop_words": "stop"}
@@ -166,8 +188,8 @@ class GenerationConfig:
     """How to generate; each field stands with its default and the values it may take. Greedy unless asked otherwise.
 
     Aliases: `max_tokens`, `min_tokens`, `random_seed` and `stop_words`; both spellings of one setting are an error.
-    None as a value means the default. Raises `InvalidRequestError` for a value out of range, `UnsupportedError` for
-    a `response_format` other than text, and `TypeError`, naming the nearest keyword, for an unknown one.
+    None as a value means the default. Raises `InvalidRequestError` for a value out of range and
+    `TypeError`, naming the nearest keyword, for an unknown one.
     """
 
     max_new_tokens: int = _setting(512, _integer(1))
@@ -193,6 +215,7 @@ class GenerationConfig:
     include_stop_str_in_output: bool = _setting(False, _flag)
     max_tiles: int | None = _setting(None, _integer(1, MAX_TILES))  # per image, without its thumbnail
     total_max_tiles: int | None = _setting(None, _integer(1))  # over all images of the request
+    cache_salt: str | None = _setting(None, _salt)  # requests share what is cached with those of the same salt alone
 
     def __init__(self, **keywords: Unpack[GenerationKeywords]) -> None:
         given = _canonical(keywords)
@@ -206,6 +229,8 @@ class GenerationConfig:
         if self.do_sample is False and (named := self._sampling_fields()):
             contradicted = f"{named[0]}={getattr(self, named[0])}"
             raise InvalidRequestError(f"do_sample=False contradicts {contradicted}, which samples: give one of them")
+        if self.ignore_eos and self.response_format not in (None, {"type": "text"}):
+            raise InvalidRequestError("ignore_eos contradicts response_format, whose answers end: give one of them")
         if self.do_sample and self.temperature == 0:
             raise InvalidRequestError("do_sample=True contradicts temperature=0, which is greedy: give one of them")
 
@@ -283,22 +308,35 @@ def _canonical(keywords: Mapping[str, Any], also_known: Iterable[str] = ()) -> d
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request cost, in tokens and tiles. `prompt_tokens` includes `image_tokens` and `cached_tokens`."""
+    """What a request cost, in tokens and tiles. `prompt_tokens` includes `image_tokens` and `cached_tokens`.
+
+    `cached_tokens` is what the engine happened to have computed before: it counts for no comparison.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
     image_tokens: int = 0
     image_tiles: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Where a request's time went, in milliseconds. `tpot_ms` is the mean time of an output token after the first."""
+    """Where a request's time went, in milliseconds. `tpot_ms` is the mean time of an output token after the first.
+
+    Passes are counted whole, whoever shared them: times of requests that ran together do not add up. `preprocess_ms`
+    includes `image_decode_ms` and `tile_ms`, `vision_ms` includes `projector_ms`, which is 0 on a GPU.
+    """
 
     queue_ms: float = 0.0
     preprocess_ms: float = 0.0
+    image_decode_ms: float = 0.0
+    tile_ms: float = 0.0
+    transfer_ms: float = 0.0
     vision_ms: float = 0.0
+    projector_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
     ttft_ms: float = 0.0
     tpot_ms: float = 0.0
     e2e_ms: float = 0.0

@@ -8,7 +8,8 @@ A row of logits is worked on in this order, each step where the request asks for
    official demo feeds its prompts as embeddings, so that only the answer counts: hand over no prompt for that.)
 3. `presence_penalty`, `frequency_penalty`: subtracted from tokens of the answer, once and once an occurrence;
 4. `bad_words`: a token that would complete one is ruled out;
-5. `min_new_tokens`: until then, tokens that would end the answer are ruled out;
+5. `min_new_tokens`: until then, tokens that would end the answer are ruled out; `response_format`: so is everything
+   that its grammar does not allow here;
 6. greedy rows take the best token; the others are divided by `temperature`;
 7. `top_k`, then `top_p`, then `min_p` rule out unlikely tokens;
 8. one token is drawn from what is left, by one number of the sequence's own random stream.
@@ -30,11 +31,19 @@ from .errors import InvalidRequestError, VitrailError
 from .request import FinishReason, GenerationConfig, TokenLogprobs
 
 
+class Grammar(Protocol):
+    """Which tokens may come next."""
+
+    def allowed(self) -> Tensor: ...  # (vocab,) bool on the CPU
+    def accept(self, token_id: int, /) -> None: ...
+
+
 class SamplingState:
     """What the sampler knows of one sequence.
 
     `prompt_token_ids` and `image_token_id`, the id of the image context token, matter to `repetition_penalty` alone.
     `bad_words` are the config's, as token ids; a word that is written in several ways stands there several times.
+    `grammar` is the matcher of `response_format`, if any text will not do.
     `index` tells the completions of one request apart: each has a random stream of its own.
     Without a seed the stream differs from run to run.
     """
@@ -47,9 +56,11 @@ class SamplingState:
         image_token_id: int | None = None,
         eos_token_ids: Collection[int] = (),
         bad_words: Collection[Sequence[int]] = (),
+        grammar: "Grammar | None" = None,
         index: int = 0,
     ) -> None:
         self.config = config
+        self.grammar = grammar
         self.token_ids: list[int] = []  # the answer so far
         self._counts: Counter[int] = Counter()
         self._repetition = config.repetition_penalty != 1
@@ -61,7 +72,12 @@ class SamplingState:
         self._random = random.Random(None if config.seed is None else f"{config.seed}/{index}")
         self._counted = bool(config.presence_penalty or config.frequency_penalty)
         self.edits = bool(
-            config.logit_bias or self._repetition or self._counted or self._bad_words or config.min_new_tokens
+            config.logit_bias
+            or self._repetition
+            or self._counted
+            or self._bad_words
+            or config.min_new_tokens
+            or grammar is not None
         )
 
     def append(self, token_id: int) -> None:
@@ -71,6 +87,8 @@ class SamplingState:
             self._counts[token_id] += 1
         if self._repetition:
             self._seen[token_id] = None
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
 
     def uniform(self) -> float:
         """The next number of the sequence's random stream, in [0, 1)."""
@@ -116,6 +134,11 @@ def edit(logits: Tensor, states: Sequence[SamplingState]) -> None:
             flat.index_copy_(0, place, torch.where(scores < 0, scores * operand, scores / operand))
         else:
             flat.index_add_(0, place, operand)
+    constrained = {row: state.grammar.allowed() for row, state in enumerate(states) if state.grammar is not None}
+    if constrained:
+        rows = _to_device(list(constrained), torch.int64, logits.device)
+        ruled_out = ~torch.stack(list(constrained.values())).to(logits.device, non_blocking=True)
+        logits[rows] = logits[rows].masked_fill_(ruled_out, -math.inf)
 
 
 class Sampled(NamedTuple):
@@ -139,7 +162,9 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | Vi
     for row, token, *left in zip(rows, *picks, strict=True):
         tokens[row] = int(token)
         if left == [-math.inf]:
-            errors[row] = InvalidRequestError("bad_words and min_new_tokens together rule out every token")
+            errors[row] = InvalidRequestError(
+                "bad_words, min_new_tokens and response_format together rule out every token"
+            )
     for row, (peak, state) in enumerate(zip(peaks, states, strict=True)):
         if not math.isfinite(peak):  # whatever was made of it since
             position = len(state.token_ids)

@@ -85,6 +85,10 @@ class Tokenizer:
         """The id of an added token or of a piece of the vocabulary, None if there is none."""
         return self._added[token].id if token in self._added else self._vocabulary.token_to_id(token)
 
+    def token_bytes(self, index: int) -> bytes:
+        """What an id adds to a text, empty for an id that stands for nothing."""
+        return self._added_bytes[index] if index in self._added_bytes else self._vocabulary.token_bytes(index)
+
     def encode(self, pieces: str | Sequence[str | Control], *, add_bos: bool = True) -> list[int]:
         """The ids of a prompt; strings that stand side by side are one text.
 

@@ -26,17 +26,26 @@ LAYERS = (
     ("runtime.models",),
     (
         *("runtime.weights", "runtime.checkpoint_map", "runtime.tokenizer", "runtime.vocabulary", "runtime.prompt"),
+        *("runtime.inventory", "runtime.model_builder"),
         *("runtime.image", "runtime.video", "runtime.pdf", "runtime.sampler", "runtime.backends"),
         *("runtime.resize", "runtime.prefetch", "runtime.texts", "runtime.zero_shot", "runtime.class_names"),
-        *("runtime.retrieval", "runtime.datasets"),
+        *("runtime.retrieval", "runtime.datasets", "runtime.structured"),
+        *("runtime.part_loader", "runtime.checkpoint_folder", "runtime.quantization_report"),
     ),
-    ("runtime.engine", "runtime.captions", "runtime.kernel_pack"),
+    (
+        *("runtime.engine", "runtime.captions", "runtime.beam", "runtime.kernel_pack"),
+        *("runtime.calibration", "runtime.smoothing", "runtime.block_quantizer"),
+    ),
     ("runtime.distributed",),
     (
         *("runtime.api", "runtime.messages", "runtime.options"),
         *("runtime.loaded", "runtime.features", "runtime.contrastive", "runtime.evaluation", "runtime.embedding_file"),
+        *("runtime.comparison", "runtime.quantizer"),
     ),
-    ("runtime.server", "runtime.cli", "runtime.cli_options", "runtime.cli_contrastive", "runtime.cli_kernels"),
+    (
+        *("runtime.server", "runtime.cli", "runtime.cli_options"),
+        *("runtime.cli_contrastive", "runtime.cli_kernels", "runtime.cli_quantize"),
+    ),
 )
 # The exporters are beside that line: they see the models and what carries them, never the engine.
 EXPORT_SEES = (*(part for layer in LAYERS[:4] for part in layer), "runtime.weights", "runtime.backends", "export")
@@ -47,6 +56,11 @@ TORCH_FREE = (
     "vitrail.runtime.errors",
     "vitrail.runtime.config",
     "vitrail.runtime.request",
+    "vitrail.runtime.engine.batch",
+    "vitrail.runtime.engine.block_manager",
+    "vitrail.runtime.engine.scheduler",
+    "vitrail.runtime.engine.vision_cache",
+    "vitrail.runtime.engine.recorder",
 )
 
 

@@ -1,14 +1,15 @@
-"""The loop: admits waiting requests, encodes their tiles together, prefills, and decodes all running sequences at once.
+"""The loop: prepares images ahead, encodes tiles and runs tokens of all requests together, step by step.
 
-There is no thread of its own. Whoever waits for a result drives `step` under the engine's lock, and every step moves
-all requests, so that callers in several threads, or interleaved streams in one, share batches.
+Whoever waits for a result drives (`turns.py`), and every step moves all requests, so that callers in several threads,
+or interleaved streams in one, share batches. A step belongs to the one who drives it; everybody else leaves messages,
+which the next step reads.
 """
 
-import re
 import threading
-from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from time import perf_counter
 
 import torch
@@ -18,107 +19,157 @@ from ..errors import CapacityError, InvalidRequestError, VitrailError
 from ..layers.kv_cache import BLOCK_SIZE
 from ..layers.rotary import inverse_frequencies
 from ..models.internvl import InternVLModel
-from ..request import FinishReason, GenerationConfig, StreamDelta
+from ..request import FinishReason, GenerationConfig, StreamDelta, Usage
 from ..sampler import Sampled, SamplingState, StopChecker, sample
+from ..structured import Grammars
 from ..tokenizer import Tokenizer
-from .block_manager import BlockManager
-from .processor import Prepared
-from .runner import Runner
+from .batch import Batch, Chunk, image_places
+from .memory import first_blocks
+from .preparation import Preparation
+from .processor import Prepared, Processor
+from .recorder import Recorder
+from .runner import Row, Runner
+from .scheduler import Scheduler
 from .sequence import Request, Sequence
-
-# What keys and values may take where the system does not tell how much memory is available.
-_UNKNOWN_MEMORY = 4 * 2**30
+from .turns import Turns
+from .vision_cache import LoadedImage, VisionCache, domain_key, tiles_key
+from .vision_stage import VisionStage
 
 
 class Engine:
-    """Runs prepared requests on one model. Thread-safe."""
+    """Runs prepared requests on one model. Thread-safe.
+
+    `revision` names the model in the keys of caches. With `deterministic` every pass has a shape that the request alone
+    decides, so that its greedy answer is the same to the bit whatever runs beside it.
+    """
 
     def __init__(
         self,
         model: InternVLModel,
         tokenizer: Tokenizer,
+        processor: Processor,
         *,
         context_token_id: int,
         stop_token_ids: frozenset[int],
         max_num_seqs: int,
         max_model_len: int,
+        max_num_batched_tokens: int = 8192,
         gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        vision_cache_bytes: int = 2**30,
         enforce_eager: bool = False,
+        cache_dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+        revision: str = "",
     ) -> None:
         self.config = model.config
         self.tokenizer = tokenizer
+        self.processor = processor
         self.context_token_id = context_token_id
         self.stop_token_ids = stop_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self.runner = Runner(model, max_num_seqs=max_num_seqs, max_model_len=max_model_len, enforce_eager=enforce_eager)
+        self.revision = revision
+        self.recorder = Recorder()
+        self.vision_cache = VisionCache(vision_cache_bytes)
+        self.grammars = Grammars(tokenizer, self.config.llm.vocab_size, stop_token_ids)
+        self.runner = Runner(
+            model,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            exact=deterministic,
+            cache_dtype=cache_dtype,
+        )
         self.device = self.runner.device
         self.runner.warm_up_vision()
-        block_bytes = BLOCK_SIZE * self.config.llm.kv_bytes_per_token * self.runner.dtype.itemsize // 2
-        self.max_blocks = _memory_for_cache(self.device, gpu_memory_utilization) // block_bytes
-        self.blocks = BlockManager(0, BLOCK_SIZE)
-        if self.device.type == "cuda":  # elsewhere memory is taken as requests need it
-            self.max_blocks = min(self.max_blocks, max_num_seqs * self.blocks.blocks_for(max_model_len))
-            if not self.max_blocks:
-                raise CapacityError(f"{self.device}: the weights leave no memory for keys and values")
-            self._grow_cache(self.max_blocks)
-        self.waiting: deque[Request] = deque()
-        self.running: list[tuple[Request, Sequence]] = []
+        self.blocks = first_blocks(self.runner, gpu_memory_utilization)
+        self.scheduler: Scheduler[Request] = Scheduler(
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            exact=deterministic,
+        )
         self.closed = False
         self._requests: dict[str, Request] = {}
-        self._lock = threading.RLock()
-        self._in_step = False
-        self._dropped: list[str] = []  # ids aborted in the middle of a step
+        self._arrivals = count()
+        self._registry = threading.Lock()  # of new requests against closing
+        self.turns = Turns(lambda: self._step())
+        # Keys of images are of use only if something is cached.
+        self._names_images = enable_prefix_caching or vision_cache_bytes > 0
+        self.preparation = Preparation(
+            processor,
+            self.vision_cache if self._names_images else None,
+            self.recorder,
+            self._domain,
+            self._report_loaded,
+        )
+        self.vision_stage = VisionStage(self.runner, self.vision_cache, self.recorder)
+        self._pass: tuple[str, list[Chunk[Request]], float] | None = None  # that runs, and since when
+        self._decoding: list[Chunk[Request]] = []  # of the step that runs
+
+    # --- what callers do ---
 
     def submit(
-        self, request_id: str, prepared: Prepared, config: GenerationConfig, preprocess_ms: float = 0.0
+        self,
+        request_id: str,
+        prepared: Prepared,
+        config: GenerationConfig,
+        preprocess_ms: float = 0.0,
+        loaded: list[LoadedImage] | None = None,
     ) -> Request:
-        """Queue a request. Everything that can be wrong with it has been checked by now, or is checked here."""
+        """Queue a request. Everything that can be wrong with it has been checked by now, or is checked here.
+
+        loaded: its images, from `load`; if there are none yet, threads of the engine load them ahead of their turn.
+        """
         config.check_vocabulary(self.config.llm.vocab_size)
         prompt_length = len(prepared.token_ids)
         budget = min(config.max_new_tokens, self.max_model_len - prompt_length)
-        bad_words = [
-            self.tokenizer.encode(spelling, add_bos=False)
-            for word in config.bad_words
-            for spelling in (word, f" {word}")
-        ]
-        sequences = [
-            Sequence(
-                index,
-                SamplingState(
-                    config,
-                    prompt_token_ids=prepared.token_ids,
-                    image_token_id=self.context_token_id,
-                    eos_token_ids=self.stop_token_ids,
-                    bad_words=bad_words,
-                    index=index,
-                ),
-                StopChecker(
-                    config,
-                    self.tokenizer.stream(skip_special_tokens=config.skip_special_tokens),
-                    eos_token_ids=self.stop_token_ids,
-                    max_new_tokens=budget,
-                ),
-            )
-            for index in range(config.n)
-        ]
         planned = prompt_length + budget
-        if self.device.type == "cuda" and config.n * self.blocks.blocks_for(planned) > self.max_blocks:
-            raise CapacityError(
-                f"{config.n} answers to a prompt of {prompt_length} tokens may come to {config.n * planned} tokens of "
-                f"keys and values; {self.max_blocks * BLOCK_SIZE} fit the memory of {self.device}"
-            )
-        inv_freq = inverse_frequencies(self.config.llm, planned).to(self.device)
-        now = perf_counter()
-        request = Request(request_id, prepared, config, sequences, planned, inv_freq, now, preprocess_ms)
-        with self._lock:
+        needed = config.n * self.blocks.blocks_for(planned)
+        if needed > self.blocks.limit:
+            if self.device.type == "cuda":
+                raise CapacityError(
+                    f"{config.n} answers to a prompt of {prompt_length} tokens may come to {config.n * planned} tokens "
+                    f"of keys and values; {self.blocks.limit * BLOCK_SIZE} fit the memory of {self.device}"
+                )
+            self.blocks.limit = needed  # an estimate on a CPU, of what else is there to be had
+        inv_freq = inverse_frequencies(self.config.llm, planned)
+        domain = self._domain(config)
+        request = Request(
+            arrival=next(self._arrivals),
+            prompt_token_ids=prepared.token_ids,
+            planned_length=planned,
+            images=image_places(
+                prepared.token_ids, self.context_token_id, prepared.num_tiles, self.config.tokens_per_tile
+            ),
+            prefix_key=domain_key(domain.hex(), inv_freq.numpy().tobytes().hex()),
+            request_id=request_id,
+            prepared=prepared,
+            config=config,
+            sequences=self._sequences(prepared.token_ids, config, budget),
+            inv_freq=inv_freq.to(self.device),
+            submitted=perf_counter(),
+            preprocess_ms=preprocess_ms,
+        )
+        if loaded is not None:
+            request.loaded = loaded
+        elif prepared.tiles:
+            keys = [tiles_key(tiles, domain) if self._names_images else b"" for tiles in prepared.tiles]
+            request.loaded = [LoadedImage(key, tiles) for key, tiles in zip(keys, prepared.tiles, strict=True)]
+        with self._registry:
             if self.closed:
                 raise InvalidRequestError("this Runtime is closed")
             if request_id in self._requests:
                 raise InvalidRequestError(f"request id {request_id!r} is in use")
             self._requests[request_id] = request
-            self.waiting.append(request)
+        self.turns.post(partial(self._arrive, request))
         return request
+
+    def load(self, prepared: Prepared, config: GenerationConfig) -> list[LoadedImage]:
+        """The images of a prompt for `submit`, on this thread or, if there are several, on those of the engine."""
+        return self.preparation.load(prepared, config)
 
     def stream(self, request: Request) -> Iterator[StreamDelta]:
         """Deltas of a request as they come; leaving the loop early aborts it. Raises the request's own error."""
@@ -130,180 +181,292 @@ class Engine:
         try:
             yield StreamDelta("", [])  # `stream` takes this one
             while True:
-                with self._lock:
-                    if not request.deltas and request.finished is None:
-                        self.step()
-                    deltas = list(request.deltas)
-                    request.deltas.clear()
-                yield from deltas
-                if request.finished is not None and not request.deltas:
+                self.turns.drive_until(lambda: bool(request.deltas) or request.finished is not None)
+                finished = request.finished is not None
+                while request.deltas:
+                    yield request.deltas.popleft()
+                if finished:
                     break
         finally:
-            self.abort(request.request_id)
+            self._abort(request)  # itself, for its id may be another's by now
         if request.error is not None:
             raise request.error
 
-    @torch.inference_mode()
+    def run_in_background(self, request: Request, notify: Callable[[], None]) -> None:
+        """Have the engine's thread drive until the request is done; `notify` is called there whenever there is news."""
+        request.notify = notify
+        self.turns.join(request)
+        if request.finished is not None:  # so early that it could not be known that anybody waits
+            self.turns.leave(request)
+            notify()
+
     def abort(self, request_id: str) -> bool:
-        """End a request wherever it is and free what it holds. Returns whether there was one."""
-        with self._lock:
-            request = self._requests.get(request_id)
-            if request is None:
-                return False
-            if self._in_step:  # the garbage collector closes a dropped stream wherever this thread happens to be
-                self._dropped.append(request_id)
-            else:
-                self._finish(request, "abort")
-            return True
+        """End a request wherever it is and free what it holds. Returns whether there was one.
+
+        If someone else drives, that happens at the end of the step that runs.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._abort(request)
+        return request is not None
+
+    def _abort(self, request: Request) -> None:
+        if request.finished is None:
+            self.turns.post(partial(self._finish, request, "abort"), now=True)
 
     def close(self) -> None:
         """Abort every request and let go of the model and the cache."""
-        with self._lock:
+        with self._registry:
             if self.closed:
                 return
-            for request_id in list(self._requests):
-                self.abort(request_id)
             self.closed = True
-            del self.runner
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        with self.turns.turn():
+            self.turns.read()
+            self.preparation.close()
+            self.vision_cache.clear()
+            del self.runner, self.vision_stage
+
+    def step(self) -> None:
+        """Read what callers ask for, then run one batch. Waits for images if there is nothing else to do."""
+        with self.turns.turn():
+            self._step()
+
+    def stats(self) -> dict[str, object]:
+        """What happened so far and what is there now, in plain types."""
+        counts, seconds = self.recorder.snapshot()
+        blocks, cache = self.blocks, self.vision_cache
+        return {
+            "requests": {
+                "waiting": len(self.waiting),
+                "preprocessing": len(self.preparation.loading),
+                "running": len(self.scheduler.running),
+                **{name: counts.get(f"requests {name}", 0) for name in ("finished", "aborted", "failed", "preempted")},
+            },
+            "tokens": {name: counts.get(f"tokens {name}", 0) for name in ("prompt", "cached", "generated")},
+            "tiles": {"encoded": counts.get("tiles encoded", 0), "loaded": counts.get("tiles loaded", 0)},
+            "stages": {
+                name: {"times": counts[name], "seconds": seconds[name]} for name in sorted(seconds) if name in counts
+            },
+            "batches": {
+                "steps": counts.get("steps", 0),
+                "decode_rows": _ratio(counts.get("decode tokens", 0), counts.get("decode", 0)),
+                "tiles": _ratio(counts.get("tiles encoded", 0), counts.get("vision", 0)),
+            },
+            "per_second": {
+                "tiles": _ratio(counts.get("tiles encoded", 0), seconds.get("vision", 0.0)),
+                "prompt_tokens": _ratio(counts.get("prefill tokens", 0), seconds.get("prefill", 0.0)),
+                "generated_tokens": _ratio(counts.get("decode tokens", 0), seconds.get("decode", 0.0)),
+            },
+            "kv_cache": {
+                "blocks": blocks.num_blocks,
+                "used": blocks.num_used,
+                "idle": blocks.num_idle,
+                "evicted": blocks.num_evicted,
+            },
+            "vision_cache": {"bytes": cache.num_bytes, "hits": cache.hits, "misses": cache.misses},
+        }
+
+    @property
+    def running(self) -> list[tuple[Request, Sequence]]:
+        """The rows of requests that were admitted."""
+        return [
+            (request, sequence)
+            for request in self.scheduler.running
+            for sequence in request.sequences
+            if sequence.finish_reason is None
+        ]
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests that were never admitted or had to give their place back."""
+        return [request for request in list(self._requests.values()) if request not in self.scheduler.running]
+
+    # --- a step ---
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Admit what fits, otherwise decode one token of every running sequence."""
-        with self._lock:
-            self._in_step = True
-            try:
-                if admitted := self._admit():
-                    self._start(admitted)
-                elif self.running:
-                    self._decode_all()
-            finally:
-                self._in_step = False
-                while self._dropped:
-                    self.abort(self._dropped.pop())
-
-    # --- admission and prefill ---
-
-    def _admit(self) -> list[Request]:
-        """Waiting requests, in order, whose sequences find room and blocks; one always does if nothing runs."""
-        admitted: list[Request] = []
-        rows, blocks = len(self.running), self.blocks.num_used
-        while self.waiting:
-            request = self.waiting[0]
-            needed_rows = rows + len(request.sequences)
-            needed_blocks = blocks + len(request.sequences) * self.blocks.blocks_for(request.planned_length)
-            if rows and (needed_rows > self.max_num_seqs or needed_blocks > self.max_blocks):
-                break
-            rows, blocks = needed_rows, needed_blocks
-            request.admitted = perf_counter()
-            admitted.append(self.waiting.popleft())
-        return admitted
-
-    def _start(self, requests: list[Request]) -> None:
-        """Find memory for admitted requests and prefill them; what fails here fails those that have no row yet."""
+    def _step(self) -> None:
         try:
-            self._reserve(requests)
-            self._prefill(requests)
+            self._run_step()
+        except Exception as error:  # of the engine's own making: better that all end than that one waits for ever
+            for request in list(self._requests.values()):
+                self._fail(request, error)
+
+    def _run_step(self) -> None:
+        self.turns.read()
+        self.preparation.go_on(self.scheduler.waiting)
+        if not self.scheduler and self.preparation.loading:
+            self.turns.read(wait=True)
+            self.preparation.go_on(self.scheduler.waiting)
+        batch = self.scheduler.schedule()
+        if not batch.tiles and not batch.chunks:
+            return
+        self._admit(batch)
+        self._guarded(batch, partial(self._run_vision, batch))
+        chunks = [chunk for chunk in batch.chunks if chunk.request.finished is None]
+        if chunks:
+            self._run_language(chunks)
+        self.recorder.count("steps")
+        self.turns.read()
+
+    def _guarded(self, batch: Batch[Request], run: Callable[[], None]) -> None:
+        """Run a part of a step that must not be left half done: if it is, the requests of the step end."""
+        try:
+            run()
         except BaseException as error:
-            started = [request for request, _ in self.running]
-            for request in requests:
-                if request.finished is None and request not in started:
-                    self._fail(request, error)
+            for request in batch.requests:
+                self._fail(request, error)
             if not isinstance(error, Exception):  # an interrupt is for the caller
                 raise
 
-    def _reserve(self, requests: list[Request]) -> None:
-        """Lend blocks to the sequences of `requests` for all the tokens they may come to."""
-        needed = sum(len(request.sequences) * self.blocks.blocks_for(request.planned_length) for request in requests)
-        if needed > self.blocks.num_free:
-            # Twice as many as far as memory allows, so that what is copied along stays in proportion.
-            self._grow_cache(max(self.blocks.num_used + needed, min(2 * self.blocks.num_blocks, self.max_blocks)))
-        for request in requests:
-            for sequence in request.sequences:
-                self.blocks.allocate(sequence, request.planned_length)
+    def _admit(self, batch: Batch[Request]) -> None:
+        """Note who begins and who has to begin again."""
+        now = perf_counter()
+        for request in batch.preempted:
+            request.visual.clear()
+            self.recorder.count("requests preempted")
+        for request in batch.requests:
+            if request.admitted is None:
+                request.admitted = now
+                self.recorder.add("queue", "requests", request.submitted, now, request_id=request.request_id)
 
-    def _grow_cache(self, num_blocks: int) -> None:
-        self.runner.allocate(num_blocks, keep=self.blocks.num_used > 0)
-        self.blocks.grow(num_blocks)
+    # --- images ---
 
-    def _prefill(self, requests: list[Request]) -> None:
-        """Encode the tiles of all requests together, then run each prompt and sample its first tokens."""
-        visual_tokens = self._encode(requests)
-        for request in requests:
+    def _arrive(self, request: Request) -> None:
+        """A new request: to the scheduler if its images are ready, or else to those who wait for theirs."""
+        if request.finished is not None:
+            return
+        if request.prepared.pictures and not request.loaded:
+            self.preparation.waiting.append(request)
+        else:
+            self._ready(request)
+
+    def _report_loaded(self, request: Request) -> None:
+        # Now, so that one that was aborted meanwhile lets go of its tiles.
+        self.turns.post(partial(self._loaded, request), now=True)
+
+    def _loaded(self, request: Request) -> None:
+        self.preparation.loading.discard(request)
+        loading, request.loading = request.loading, None  # which knows the request: a circle that would live on
+        if request.finished is not None or loading is None or loading.cancelled():
+            return
+        error = loading.exception()
+        if error is not None:
+            self._fail(request, error)
+            return
+        request.loaded = loading.result()
+        self._ready(request)
+
+    def _ready(self, request: Request) -> None:
+        """Hand a request with its images to the scheduler."""
+        for image, loaded in zip(request.images, request.loaded, strict=True):
+            image.key = loaded.key
+            image.kept = loaded.tokens is not None
+            image.num_encoded = image.num_tiles if image.kept else 0
+            self.recorder.count("tiles loaded", 0 if image.kept else image.num_tiles)
+        self.recorder.count("tokens prompt", len(request.prompt_token_ids))
+        self.scheduler.add(request)
+
+    # --- the vision half ---
+
+    def _run_vision(self, batch: Batch[Request]) -> None:
+        """Copy blocks that are about to be written, and encode the tiles of all requests together."""
+        if self.runner.cache is None or self.runner.cache.num_blocks < self.blocks.num_blocks:
+            self._grow_cache(batch)
+        if batch.copies:
+            self.runner.copy_blocks(*zip(*batch.copies, strict=True))
+        parts = [part for part in batch.tiles if part.request.finished is None]
+        if parts:
+            self.vision_stage.run(parts, self._fail)
+
+    # --- the language half ---
+
+    def _run_language(self, chunks: list[Chunk[Request]]) -> None:
+        """Run all chunks in one pass, or in parts if that fails, so that an error finds the request it belongs to."""
+        decoding = [chunk for chunk in chunks if chunk.decodes]
+        prompts = [chunk for chunk in chunks if not chunk.decodes]
+        if prompts and not self.scheduler.exact:
             try:
-                if request.error is None:
-                    self._prefill_one(request, visual_tokens.pop(request.request_id, None))
-            except Exception as error:
-                self._fail(request, error)
-
-    def _encode(self, requests: list[Request]) -> dict[str, Tensor]:
-        """Visual tokens (tokens, hidden) of each request that has tiles."""
-        tiled = [request for request in requests if request.prepared.tiles]
-        try:
-            return self._encode_together(tiled)
-        except Exception:
-            # One request must not take the others with it: find out whose tiles it was.
-            tokens: dict[str, Tensor] = {}
-            for request in tiled:
+                self._accept_chunks(chunks, self._forward(chunks))
+                return
+            except _PassError:
+                pass
+        for chunk in prompts:  # each by itself
+            if chunk.request.finished is None:
                 try:
-                    tokens |= self._encode_together([request])
-                except Exception as error:
-                    self._fail(request, error)
-            return tokens
-
-    def _encode_together(self, requests: list[Request]) -> dict[str, Tensor]:
-        if not requests:
-            return {}
-        start = perf_counter()
-        tiles = torch.cat([torch.from_numpy(tiles) for request in requests for tiles in request.prepared.tiles])
-        encoded = self.runner.encode(tiles)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that the time below is the vision half's, not its launch
-        per_request = encoded.split([sum(request.prepared.num_tiles) for request in requests])
-        elapsed_ms = (perf_counter() - start) * 1e3
-        for request in requests:
-            request.vision_ms = elapsed_ms
-            request.prepared.tiles.clear()
-        return {request.request_id: tokens.flatten(0, 1) for request, tokens in zip(requests, per_request, strict=True)}
-
-    def _prefill_one(self, request: Request, visual_tokens: Tensor | None) -> None:
-        first, *others = request.sequences
-        token_ids = request.prepared.token_ids
-        table = self.blocks.table(first)
-        logits = self.runner.prefill(token_ids, visual_tokens, self.context_token_id, request.inv_freq, table)
-        filled = self.blocks.blocks_for(len(token_ids))
-        for other in others:
-            self.runner.copy_blocks(table[:filled], self.blocks.table(other)[:filled])
-        rows = [(request, sequence) for sequence in request.sequences]
-        self.running.extend(rows)
-        self._accept(logits.expand(len(rows), -1), rows)
-
-    # --- decode ---
-
-    def _decode_all(self) -> None:
-        """One token of every running sequence.
-
-        Whose fault it is when a whole step fails cannot be told. The request that came last is failed and the others
-        try again without it: enough where memory was short, and an end, one by one, where nothing helps.
-        """
+                    self._accept_chunks([chunk], self._forward([chunk]))
+                except _PassError as error:
+                    self._fail(chunk.request, error.__cause__ or error)
+        self._decoding = [chunk for chunk in decoding if chunk.request.finished is None]
+        if not self._decoding:
+            return
         try:
-            self._decode()
+            # Whose fault it is when this fails cannot be told. The request that came last is failed and the others try
+            # again without it: enough where memory was short, and an end, one by one, where nothing helps.
+            logits = self._decode()
         except Exception as error:
-            self._fail(self.running[-1][0], error)
+            self._fail(self._decoding[-1].request, error)
+        else:
+            self._accept_chunks(self._decoding, logits)
 
-    def _decode(self) -> None:
-        rows = list(self.running)
-        logits = self.runner.decode(
+    def _forward(self, chunks: list[Chunk[Request]]) -> Tensor:
+        """One pass with prompts in it: logits (chunks, vocab)."""
+        self._pass = ("prefill", chunks, perf_counter())
+        try:
+            return self.runner.forward([self._row(chunk) for chunk in chunks])
+        except Exception as error:
+            raise _PassError from error
+
+    def _row(self, chunk: Chunk[Request]) -> Row:
+        request, sequence = chunk.request, chunk.request.sequences[chunk.index]
+        return Row(
+            request.tokens(sequence, chunk.start, chunk.end),
+            chunk.end,
+            self.blocks.table(sequence),
+            request.inv_freq,
+            self.vision_stage.tokens(request, chunk.start, chunk.end),
+        )
+
+    def _decode(self) -> Tensor:
+        """One token of every sequence of the step: logits (sequences, vocab)."""
+        self._pass = ("decode", self._decoding, perf_counter())
+        rows = [(chunk.request, chunk.request.sequences[chunk.index]) for chunk in self._decoding]
+        return self.runner.decode(
             [sequence.token_ids[-1] for _, sequence in rows],
-            [len(request.prepared.token_ids) + len(sequence.token_ids) for request, sequence in rows],
+            [chunk.end for chunk in self._decoding],
             torch.stack([request.inv_freq for request, _ in rows]),
             [self.blocks.table(sequence) for _, sequence in rows],
         )
-        self._accept(logits, rows)
+
+    def _accept_chunks(self, chunks: list[Chunk[Request]], logits: Tensor) -> None:
+        """Note what has been run, then sample where a sequence's next token is due."""
+        self._guarded(Batch(chunks=chunks), partial(self._accept_unguarded, chunks, logits))
+
+    def _accept_unguarded(self, chunks: list[Chunk[Request]], logits: Tensor) -> None:
+        rows: list[tuple[Request, Sequence]] = []
+        sampled: list[int] = []
+        for number, chunk in enumerate(chunks):
+            request = chunk.request
+            first = chunk.samples and not request.started
+            self.scheduler.update(chunk)
+            if not chunk.samples:
+                continue
+            fresh = request.sequences if first else [request.sequences[chunk.index]]
+            rows += [(request, sequence) for sequence in fresh]
+            sampled += [number] * len(fresh)
+        if rows:
+            self._accept(logits if sampled == list(range(len(logits))) else logits[sampled], rows)
+        else:
+            self._note_pass()
 
     def _accept(self, logits: Tensor, rows: list[tuple[Request, Sequence]]) -> None:
         """Sample the next token of each row, publish what became certain, and retire what is done."""
-        now_sampled = sample(logits, [sequence.sampling for _, sequence in rows])
+        with self.recorder.span("sample", "language half", rows=len(rows)):
+            now_sampled = _sample(logits, [sequence.sampling for _, sequence in rows])
+        self._note_pass()
         now = perf_counter()
+        self.recorder.count("tokens generated", len(rows))
         for (request, sequence), sampled in zip(rows, now_sampled, strict=True):
             if request.finished is not None:
                 continue  # a sibling row failed
@@ -312,61 +475,175 @@ class Engine:
                 continue
             if request.first_token is None:
                 request.first_token = now
-            self._extend(request, sequence, sampled)
-        for request in {id(request): request for request, _ in rows}.values():
+                self.recorder.count("tokens cached", request.num_cached_tokens)
+            try:
+                if request.visual:
+                    self.vision_stage.keep(request)
+                self._extend(request, sequence, sampled)
+            except Exception as error:
+                self._fail(request, error)
+        for request in {request: None for request, _ in rows}:
             if request.finished is None and all(sequence.finish_reason for sequence in request.sequences):
                 self._finish(request, "stop")
-        self._retire()
+
+    def _note_pass(self) -> None:
+        """Note the pass that has come to its end: on a GPU only sampling waits for it."""
+        if self._pass is None:
+            return
+        (name, chunks, start), end = self._pass, perf_counter()
+        self._pass = None
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        self.recorder.add(name, "language half", start, end, rows=len(chunks), tokens=tokens)
+        self.recorder.count(f"{name} tokens", tokens)
+        for request in {chunk.request: None for chunk in chunks if chunk.decodes}:
+            request.decode_ms += (end - start) * 1e3
+        for request in {chunk.request: None for chunk in chunks if not chunk.decodes}:
+            request.prefill_ms += (end - start) * 1e3
 
     def _extend(self, request: Request, sequence: Sequence, sampled: Sampled) -> None:
         if sampled.logprobs is not None:
             sequence.logprobs.append(sampled.logprobs)
         text, sequence.finish_reason = sequence.stop.push(sampled.token_id)
         if sequence.finish_reason is not None:
-            self.blocks.free(sequence)
+            self.scheduler.finish(sequence)
         sequence.text.append(text)
-        request.deltas.append(StreamDelta(text, [sampled.token_id], sequence.finish_reason, sequence.index))
+        self._publish(request, StreamDelta(text, [sampled.token_id], sequence.finish_reason, sequence.index))
 
     # --- endings ---
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """Close a request for an error; one that is not ours is wrapped, so that a caller meets only ours."""
-        if not isinstance(error, VitrailError):
-            inside = error
-            reason = " ".join(str(inside).split())
-            error = VitrailError(f"the request failed inside vitrail: {type(inside).__name__}: {reason}")
-            error.__cause__ = inside
-        request.error = error
+        """Close a request for an error."""
+        if request.finished is None:
+            request.error = _wrapped(error)
+            for sequence in request.sequences:
+                self.blocks.forget(sequence)
         self._finish(request, "error")
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Close a request: sequences that are not done yet end for `reason`, with the text they held back."""
-        request.finished = perf_counter()
+        if request.finished is not None:
+            return
+        try:
+            self._release(request, reason)
+        finally:
+            self._requests.pop(request.request_id, None)
+            request.finished = perf_counter()  # after all that whoever waits for it will look at
+            self.turns.leave(request)
+            if request.notify is not None:
+                self.turns.announce(request.notify)
+        details = {"request_id": request.request_id, "reason": reason}
+        self.recorder.add("request", "requests", request.submitted, request.finished, **details)
+        ends = {"abort": "aborted", "error": "failed"}
+        self.recorder.count(f"requests {ends.get(reason, 'finished')}")
+
+    def _release(self, request: Request, reason: FinishReason) -> None:
+        """End the sequences of a request and take back what they hold."""
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
                 sequence.text.append(sequence.stop.flush())
-                request.deltas.append(StreamDelta(sequence.text[-1], [], reason, sequence.index))
-            self.blocks.free(sequence)
-        self._requests.pop(request.request_id, None)
-        if request.admitted is None:
-            self.waiting.remove(request)
-        self._retire()
+                self._publish(request, StreamDelta(sequence.text[-1], [], reason, sequence.index))
+        self.scheduler.remove(request)
+        self.preparation.drop(request)
+        request.loaded = [replace(image, tiles=None, tokens=None) for image in request.loaded]
+        request.visual.clear()
+        request.prepared.tiles.clear()
+        request.prepared.pictures.clear()
 
-    def _retire(self) -> None:
-        """Let finished sequences go."""
-        self.running = [(request, sequence) for request, sequence in self.running if sequence.finish_reason is None]
+    def _publish(self, request: Request, delta: StreamDelta) -> None:
+        request.deltas.append(delta)
+        if request.notify is not None:
+            self.turns.announce(request.notify)
+
+    # --- parts of requests ---
+
+    def _domain(self, config: GenerationConfig) -> bytes:
+        """What the keys of a request hold for: this model, how it cuts images, and the tenant."""
+        model = self.config
+        cutting = f"{model.tile_size} {model.use_thumbnail} {model.pad2square} {model.dynamic_image_size}"
+        return domain_key(self.revision, cutting, repr(config.cache_salt))
+
+    def _sequences(self, prompt: list[int], config: GenerationConfig, budget: int) -> list[Sequence]:
+        bad_words = [
+            self.tokenizer.encode(spelling, add_bos=False)
+            for word in config.bad_words
+            for spelling in (word, f" {word}")
+        ]
+        grammar = self.grammars.matcher(config.response_format)
+        sequences = []
+        for index in range(config.n):
+            sampling = SamplingState(
+                config,
+                prompt_token_ids=prompt,
+                image_token_id=self.context_token_id,
+                eos_token_ids=self.stop_token_ids,
+                bad_words=bad_words,
+                grammar=grammar if grammar is None or index == 0 else grammar.copy(),
+                index=index,
+            )
+            stop = StopChecker(
+                config,
+                self.tokenizer.stream(skip_special_tokens=config.skip_special_tokens),
+                eos_token_ids=self.stop_token_ids,
+                max_new_tokens=budget,
+            )
+            sequences.append(Sequence(index, sampling.token_ids, sampling=sampling, stop=stop))
+        return sequences
+
+    # --- memory ---
+
+    def _grow_cache(self, batch: Batch[Request]) -> None:
+        """Make the cache as large as the blocks lent. If there is no memory, who has blocks beyond it waits again."""
+        cache = self.runner.cache
+        try:
+            self.runner.allocate(self.blocks.num_blocks, keep=cache is not None)
+        except Exception as error:
+            held = 0 if cache is None else cache.num_blocks
+            for request in list(self.scheduler.running):
+                if any(max(self.blocks.table(s), default=0) >= held for s in request.live):
+                    batch.tiles = [part for part in batch.tiles if part.request is not request]
+                    batch.chunks = [chunk for chunk in batch.chunks if chunk.request is not request]
+                    self.scheduler.preempt(request)
+                    request.visual.clear()
+            batch.copies = [(source, target) for source, target in batch.copies if max(source, target) < held]
+            self.blocks.give_up(held)
+            for request in self.scheduler.waiting[:]:
+                if request.num_rows * self.blocks.blocks_for(request.planned_length) > held:
+                    self._fail(request, error)
 
 
-def _memory_for_cache(device: torch.device, gpu_memory_utilization: float) -> int:
-    """Bytes that keys and values may take beside what is loaded already: on a CPU half of what is available."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading and warming up have freed counts as free
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, free - int((1 - gpu_memory_utilization) * total))
+class _PassError(Exception):
+    """A pass of the language half did not come to its end; nothing has changed by it."""
+
+
+def _sample(logits: Tensor, states: list[SamplingState]) -> list[Sampled | VitrailError]:
+    """`sample`; if a state makes that fail, the others are sampled without it."""
     try:
-        # Not the free pages alone: a checkpoint that was just read still stands in the page cache.
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 // 2 if found else _UNKNOWN_MEMORY
+        return sample(logits, states)
+    except Exception as error:
+        if len(states) == 1:
+            return [_wrapped(error)]
+    return [one for row, state in enumerate(states) for one in _sample(logits[row : row + 1], [state])]
+
+
+def _wrapped(error: BaseException) -> VitrailError:
+    """An error as a caller meets it: ours, whatever it was."""
+    if isinstance(error, VitrailError):
+        return error
+    reason = " ".join(str(error).split())
+    ours = VitrailError(f"the request failed inside vitrail: {type(error).__name__}: {reason}")
+    ours.__cause__ = error
+    return ours
+
+
+def request_usage(request: Request) -> Usage:
+    """What a request cost."""
+    return replace(
+        request.prepared.usage,
+        completion_tokens=sum(len(sequence.token_ids) for sequence in request.sequences),
+        cached_tokens=request.num_cached_tokens,
+    )
+
+
+def _ratio(number: float, per: float) -> float:
+    return number / per if per else 0.0

@@ -1,8 +1,8 @@
 """CUDA graphs of the two halves: the vision half by number of tiles, the decoder's step by number of sequences.
 
 A graph replays its kernels without the host, on the same memory: inputs are copied into buffers that it reads, and
-results stay valid until the next replay of any graph, since all share their memory. Other sizes are composed of
-captured ones (tiles) or padded (sequences).
+results stay valid until the next replay of a graph from the same `CudaCapture`, since those share their memory and
+must never run at the same time. Other sizes are composed of captured ones (tiles) or padded (sequences).
 """
 
 from bisect import bisect_left
@@ -98,7 +98,7 @@ class DecodeGraphs:
     """One decode step, from token ids to logits, as graphs of up to `max_num_seqs` sequences.
 
     `step` takes token_ids (n,) int64, positions (n,) int64, inv_freq (n, head_dim / 2) and a `KVBatch`. Sequences that
-    pad a batch have no context, and write no keys or values.
+    pad a batch have no context, and write no keys or values. sizes: those of the graphs, the last `max_num_seqs`.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class DecodeGraphs:
         max_blocks: int,
         rotary_dim: int,
         capture: Capture,
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
-        sizes = [size for size in BATCH_SIZES if size < max_num_seqs]
-        self.sizes = (*sizes, max_num_seqs)
+        self.sizes = sizes or (*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs)
         device = cache.keys.device
         self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._positions = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)

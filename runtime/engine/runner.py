@@ -1,6 +1,9 @@
-"""Runs the two halves of a model: tiles to visual tokens, prompts and decode steps to logits."""
+"""Runs the two halves of a model: tiles to visual tokens, chunks of prompts and decode steps to logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -8,31 +11,82 @@ from torch import Tensor
 from ...kernels.dispatch import cuda_target
 from ..layers.kv_cache import KVBatch, KVCache
 from ..models.internvl import InternVLModel
-from .graphs import TILE_COUNTS, CudaCapture, DecodeGraphs, VisionGraphs
+from .graphs import TILE_COUNTS, Capture, CudaCapture, DecodeGraphs, VisionGraphs
 
 # Tiles in one pass of the vision half: enough to fill the matrix products, few enough to bound its activations.
 TILES_PER_BATCH = 16
+# Sequences in every decode step of `exact` passes.
+EXACT_ROWS = 16
+
+
+@dataclass
+class Encoded:
+    """Visual tokens (tokens, hidden) of some tiles, on the device; `began` and `ended`: CUDA events, or seconds."""
+
+    tokens: Tensor
+    began: "torch.cuda.Event | float"
+    ended: "torch.cuda.Event | float"
+    projector_ms: float = 0.0
+
+    @property
+    def elapsed_ms(self) -> float:
+        """How long the pass took that they come from; on a GPU it is waited for."""
+        if isinstance(self.began, float) or isinstance(self.ended, float):
+            return (float(self.ended) - float(self.began)) * 1e3  # type: ignore[arg-type]
+        self.ended.synchronize()
+        return self.began.elapsed_time(self.ended)
+
+
+@dataclass
+class Row:
+    """The new tokens of one sequence in a pass, the last of `context` tokens, and the blocks that hold them.
+
+    inv_freq: (head_dim / 2,). visual: visual tokens (tokens, hidden), each with its place among the new tokens.
+    """
+
+    token_ids: Sequence[int]
+    context: int
+    table: Sequence[int]
+    inv_freq: Tensor
+    visual: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 class Runner:
     """A model with its KV cache on one device; on CUDA, without `enforce_eager`, replaying graphs.
 
-    `max_num_seqs` and `max_model_len` bound the decode graphs.
+    `max_num_seqs` and `max_model_len` bound the decode graphs. cache_dtype: of keys and values, if not the model's.
+    exact: tiles go through the vision half one by one, and decode steps are filled up to `EXACT_ROWS` rows, so that a
+    row's result does not depend on the others.
     """
 
-    def __init__(self, model: InternVLModel, *, max_num_seqs: int, max_model_len: int, enforce_eager: bool) -> None:
+    def __init__(
+        self,
+        model: InternVLModel,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        enforce_eager: bool,
+        exact: bool = False,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.config = model.config
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.cache_dtype = cache_dtype or self.dtype
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
+        self.exact = exact
         # Plain torch, which older GPUs run, asks the host for numbers, and that cannot be captured.
-        graphed = self.device.type == "cuda" and not enforce_eager and cuda_target(self.device) is not None
-        self.capture = CudaCapture(self.device) if graphed else None
+        self._graphed = self.device.type == "cuda" and not enforce_eager and cuda_target(self.device) is not None
+        # The halves run at the same time, each on a stream and on memory of its own.
+        self.capture = CudaCapture(self.device) if self._graphed else None
+        self._vision_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.cache: KVCache | None = None
         self._vision: VisionGraphs | None = None
         self._decode: DecodeGraphs | None = None
+        self._last_encoded: torch.cuda.Event | None = None
+        self.vision_bytes = 0  # what the vision half takes while it runs and gives back
 
     @torch.inference_mode()
     def warm_up_vision(self) -> None:
@@ -40,19 +94,45 @@ class Runner:
         if self.device.type != "cuda":
             return
         size = self.config.tile_size
-        if self.capture is not None:
-            max_tiles = max(TILE_COUNTS)
-            self._vision = VisionGraphs(self.model.encode_tiles, size, max_tiles, self.capture, self.device)
+        if self._graphed:
+            max_tiles = 1 if self.exact else max(TILE_COUNTS)
+            capture = CudaCapture(self.device)
+            self._vision = VisionGraphs(self.model.encode_tiles, size, max_tiles, capture, self.device)
         else:
-            shape = (TILES_PER_BATCH, size, size, 3)
-            self.model.encode_tiles(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.encode_beside(torch.zeros((TILES_PER_BATCH, size, size, 3), dtype=torch.uint8))
+            torch.cuda.synchronize(self.device)
+            self.vision_bytes = torch.cuda.max_memory_allocated(self.device) - before
 
     @torch.inference_mode()
     def encode(self, tiles: Tensor) -> Tensor:
         """tiles: (n, tile_size, tile_size, 3) uint8 on the CPU. Returns (n, tokens_per_tile, llm hidden)."""
         if self._vision is not None:
-            return torch.cat([self._vision(part) for part in tiles.split(max(TILE_COUNTS))])
-        return torch.cat([self.model.encode_tiles(part.to(self.device)) for part in tiles.split(TILES_PER_BATCH)])
+            return torch.cat([self._vision(part) for part in tiles.split(max(self._vision.counts))])
+        most = 1 if self.exact else TILES_PER_BATCH
+        return torch.cat([self.model.encode_tiles(part.to(self.device)) for part in tiles.split(most)])
+
+    @torch.inference_mode()
+    def encode_beside(self, tiles: Tensor) -> Encoded:
+        """`encode`, all tokens in one row of (n * tokens_per_tile, hidden); on a GPU it runs beside what follows.
+
+        Passes whose rows have visual tokens wait for it.
+        """
+        stream = self._vision_stream
+        if stream is None:
+            with _Stopwatch(self.model.projector) as projector:
+                began = perf_counter()
+                tokens = self.encode(tiles).flatten(0, 1)
+                return Encoded(tokens, began, perf_counter(), projector.elapsed_ms)
+        began_event, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(stream):
+            stream.record_event(began_event)
+            tokens = self.encode(tiles.pin_memory()).flatten(0, 1)  # pinned: the copy does not hold up this thread
+            stream.record_event(ended)
+        tokens.record_stream(torch.cuda.current_stream(self.device))
+        self._last_encoded = ended
+        return Encoded(tokens, began_event, ended)
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int, *, keep: bool) -> None:
@@ -60,18 +140,22 @@ class Runner:
         self._decode = None  # graphs read and write the cache that they were captured with
         if not keep:
             self.cache = None
-        grown = KVCache(self.config.llm, num_blocks, dtype=self.dtype, device=self.device)
+        grown = KVCache(self.config.llm, num_blocks, dtype=self.cache_dtype, device=self.device)
         if self.cache is not None:
             grown.copy_from(self.cache)
         self.cache = grown
-        if self.capture is not None:
+        capture: Capture | None = self.capture
+        if capture is None and self.exact:
+            capture = _run_again
+        if capture is not None:
             self._decode = DecodeGraphs(
                 self._step,
                 grown,
-                max_num_seqs=self.max_num_seqs,
+                max_num_seqs=EXACT_ROWS if self.exact else self.max_num_seqs,
                 max_blocks=-(-self.max_model_len // grown.block_size),
                 rotary_dim=self.config.llm.head_dim,
-                capture=self.capture,
+                capture=capture,
+                sizes=(EXACT_ROWS,) if self.exact else None,
             )
 
     @torch.inference_mode()
@@ -83,17 +167,42 @@ class Runner:
         inv_freq: Tensor,
         table: list[int],
     ) -> Tensor:
-        """Run one prompt into the blocks of `table`. Returns the logits (1, vocab) of its last token.
+        """Run one prompt by itself into the blocks of `table`. Returns the logits (1, vocab) of its last token.
 
         visual_tokens: (visual, hidden) for the places that hold `context_id`; inv_freq: (head_dim / 2,).
         """
+        visual, used = [], 0
+        if visual_tokens is not None:
+            for is_place, group in groupby(range(len(token_ids)), lambda place: token_ids[place] == context_id):
+                places = list(group)
+                if is_place:
+                    visual.append((places[0], visual_tokens[used : used + len(places)]))
+                    used += len(places)
+        return self.forward([Row(token_ids, len(token_ids), table, inv_freq, visual)])
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Run the new tokens of all rows in one pass. Returns the logits (rows, vocab) of the last token of each."""
         assert self.cache is not None
+        counts = [len(row.token_ids) for row in rows]
+        kv = KVBatch.of(self.cache, [row.table for row in rows], [row.context for row in rows], counts)
         decoder = self.model.language_model
-        ids = torch.tensor(token_ids, device=self.device)
-        x = decoder.embed(ids) if visual_tokens is None else self.model.splice(ids, visual_tokens, context_id)
-        length = len(token_ids)
-        kv = KVBatch.of(self.cache, [table], [length], [length])
-        return decoder.logits(decoder(x, torch.arange(length, device=self.device), inv_freq, kv)[-1:])
+        x = decoder.embed(torch.tensor([token for row in rows for token in row.token_ids], device=self.device))
+        if self._last_encoded is not None and any(row.visual for row in rows):
+            torch.cuda.current_stream(self.device).wait_event(self._last_encoded)
+        first = 0
+        for row, count in zip(rows, counts, strict=True):
+            for place, tokens in row.visual:
+                x[first + place : first + place + len(tokens)] = tokens
+            first += count
+        positions = torch.cat([torch.arange(row.context - len(row.token_ids), row.context) for row in rows])
+        inv_freq = rows[0].inv_freq
+        if len(rows) > 1:
+            repeats = torch.tensor(counts, device=self.device)
+            stacked = torch.stack([row.inv_freq for row in rows])
+            inv_freq = stacked.repeat_interleave(repeats, dim=0, output_size=sum(counts))
+        hidden = decoder(x, positions.to(self.device, non_blocking=True), inv_freq, kv)
+        return decoder.logits(hidden[kv.cu_seqlens_q[1:].long() - 1])
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy keys and values of whole blocks over others."""
@@ -113,11 +222,48 @@ class Runner:
         inv_freq: (sequences, head_dim / 2).
         """
         assert self.cache is not None
+        if self.exact and len(token_ids) > EXACT_ROWS:
+            parts = [slice(first, first + EXACT_ROWS) for first in range(0, len(token_ids), EXACT_ROWS)]
+            return torch.cat(
+                [self.decode(token_ids[p], context_lens[p], inv_freq[p], tables[p]).clone() for p in parts]
+            )
         kv = KVBatch.of(self.cache, tables, context_lens, [1] * len(token_ids))
         ids = torch.tensor(token_ids, device=self.device)
-        run = self._decode if self._decode is not None and len(token_ids) <= self.max_num_seqs else self._step
+        run = self._decode if self._decode is not None and len(token_ids) <= self._decode.sizes[-1] else self._step
         return run(ids, kv.context_lens.long() - 1, inv_freq, kv)
 
     def _step(self, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, kv: KVBatch) -> Tensor:
         decoder = self.model.language_model
         return decoder.logits(decoder(decoder.embed(token_ids), positions, inv_freq, kv))
+
+
+def _run_again(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What stands for a captured graph where there are none."""
+    return run
+
+
+class _Stopwatch:
+    """Times the calls of a module within its block, by this thread."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self.elapsed_ms = 0.0
+
+    def __enter__(self) -> "_Stopwatch":
+        began: list[float] = []
+
+        def start(*_: object) -> None:
+            began.append(perf_counter())
+
+        def stop(*_: object) -> None:
+            self.elapsed_ms += (perf_counter() - began.pop()) * 1e3 if began else 0.0
+
+        self._hooks = (
+            self._module.register_forward_pre_hook(start),
+            self._module.register_forward_hook(stop),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -10,6 +10,7 @@ from vitrail.bench import kernel_resources
 from vitrail.bench.kernel_resources import (
     DOCUMENT,
     DOCUMENTED_TRITON,
+    SCALED,
     compare,
     differences,
     read_table,
@@ -78,14 +79,19 @@ def test_every_kernel_that_the_dispatch_tables_choose_is_compiled(recorded, arch
     compiled = {
         (launch.name, launch.num_warps, launch.num_stages, launch.constants) for launch, of, _ in recorded if of == arch
     }
-    kernels = {"persistent": "_persistent_kernel", "pipelined": "_pipelined_kernel"}
+
+    def name_of(operation: str, implementation: str) -> str:
+        if implementation == "triton":
+            return f"_{operation.removesuffix('_int8')}_kernel"
+        return f"_scaled_{implementation}_kernel" if operation in SCALED else f"_{implementation}_kernel"
+
     for operation, rows in dispatch.read_table(dispatch.TABLES / f"{arch}.json").items():
         for row in rows:
             choice = dict(row["choice"])
             implementation = choice.pop("implementation")
             if implementation in ("torch", "flash", "cudnn"):
                 continue
-            name = kernels.get(implementation, f"_{operation}_kernel")
+            name = name_of(operation, implementation)
             warps, stages = choice.pop("num_warps"), choice.pop("num_stages")
             choice.pop("programs_per_sm", None)
             assert any(

@@ -107,6 +107,7 @@ def test_one_bad_prompt_of_a_list_becomes_an_error_and_the_others_are_answered(r
 
 def test_a_request_that_breaks_inside_becomes_an_error_of_its_list_entry(rt, monkeypatch):
     expected = rt.generate(["hello", "x"], [SQUARE, WIDE], max_new_tokens=3)
+    rt.engine.vision_cache.clear()
     encode_tiles = InternVLModel.encode_tiles
 
     def encode(self, tiles):
@@ -414,6 +415,7 @@ def test_a_stream_raises_at_once_and_not_at_its_first_delta(rt):
 
 
 def test_a_stream_that_fails_on_the_way_raises_its_error(rt, monkeypatch):
+    rt.engine.vision_cache.clear()
     monkeypatch.setattr(InternVLModel, "encode_tiles", lambda *_: 1 / 0)
     stream = rt.stream("x", SQUARE)
     with pytest.raises(runtime.errors.VitrailError, match="ZeroDivisionError"):
@@ -580,15 +582,11 @@ def test_a_checkpoint_loads_in_half_precision(folder, dtype):
 @pytest.mark.parametrize(
     "option",
     [
-        {"quantization": "int4"},
-        {"vision_quantization": "int8"},
         {"vision_backend": "tensorrt"},
         {"vision_devices": ["cuda:0"]},
         {"llm_devices": ["cuda:1"]},
         {"placement": "split"},
         {"tensor_parallel_size": 2},
-        {"kv_cache_dtype": "fp8"},
-        {"deterministic": True},
         {"allowed_media_domains": ["example.org"]},
         {"device": "mps"},
         {"device": "cuda:99"},
@@ -608,6 +606,7 @@ def test_an_option_that_is_not_available_is_refused_before_loading(option):
         ({"max_model_len": 0}, "max_model_len must be a positive integer, not 0"),
         ({"max_model_len": 2000}, "max_model_len 2000 exceeds the 1024 positions"),
         ({"max_image_pixels": 0}, "max_image_pixels must be a positive integer, not 0"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be 'auto' or 'int8', got 'fp8'"),
     ],
 )
 def test_an_option_out_of_range_is_refused(folder, option, message):

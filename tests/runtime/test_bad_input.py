@@ -16,7 +16,6 @@ from vitrail.runtime.errors import (
     CheckpointError,
     ConfigError,
     InvalidRequestError,
-    UnsupportedError,
 )
 
 from .command_line import vitrail
@@ -270,10 +269,18 @@ def test_an_unknown_sampling_keyword(rt, folder):
     assert "--temperature" in ran.err
 
 
-def test_structured_output_is_not_there_yet(rt):
-    with pytest.raises(UnsupportedError) as caught:
-        rt.generate("x", response_format={"type": "json_object"})
-    assert_one_line(caught.value, "structured output is not available yet")
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"type": "regex", "regex": "("}, "response_format: .*regex"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}, "response_format: Invalid type"),
+        ({"type": "json_schema", "json_schema": {"schema": False}}, "response_format: Unsatisfiable schema"),
+    ],
+)
+def test_a_form_that_no_answer_can_have_is_refused(rt, wanted, words):
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        rt.generate("x", response_format=wanted)
+    assert_one_line(caught.value, "response_format")
 
 
 # --- checkpoints ---

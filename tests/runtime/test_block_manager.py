@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitrail.runtime.engine.block_manager import BlockManager
+from vitrail.runtime.engine.block_manager import BlockManager, block_key
 
 
 def test_blocks_are_lent_for_all_tokens_and_come_back() -> None:
@@ -19,10 +19,9 @@ def test_blocks_are_lent_for_all_tokens_and_come_back() -> None:
 
 def test_neighbouring_blocks_are_preferred_and_scattered_ones_taken_where_there_are_none() -> None:
     manager = BlockManager(8, 1)
-    for owner in range(8):
-        manager.allocate(owner, 1)
-    for owner in (0, 2, 5, 6):
-        manager.free(owner)
+    owners = {manager.allocate(owner, 1)[0]: owner for owner in range(8)}
+    for block in (0, 2, 5, 6):
+        manager.free(owners[block])
     assert manager.allocate("pair", 2) == [5, 6]
     assert manager.allocate("apart", 2) == [0, 2]
 
@@ -53,3 +52,109 @@ def test_no_block_is_lost_or_lent_twice(actions: list[tuple[str, int, int]]) -> 
                 continue
             assert len(table) == manager.blocks_for(amount)
         manager.check_integrity()
+
+
+def keys_of(*contents: str) -> list[bytes]:
+    keys = [b"root"]
+    for text in contents:
+        keys.append(block_key(keys[-1], [ord(letter) for letter in text], []))
+    return keys[1:]
+
+
+def test_a_key_is_of_all_that_came_before_and_of_the_images() -> None:
+    plain = block_key(b"root", [1, 2], [])
+    assert block_key(b"root", [1, 2], []) == plain
+    others = {block_key(b"stem", [1, 2], []), block_key(b"root", [2, 1], []), block_key(b"root", [1, 2], [b"i" * 32])}
+    assert len(others | {plain}) == 4
+
+
+def test_published_blocks_are_shared_while_they_are_used_and_after() -> None:
+    manager, keys = BlockManager(6, 4), keys_of("abcd", "efgh")
+    first = manager.allocate("a", 10)
+    manager.publish("a", keys)
+    assert manager.cached(keys) == 2
+    assert manager.cached([keys[0], b"?", keys[1]]) == 1
+    assert manager.cost(10, keys) == 1
+    assert manager.allocate("b", 10, keys)[:2] == first[:2]
+    manager.free("a")
+    manager.free("b")
+    assert (manager.num_used, manager.num_idle) == (0, 2)
+    assert manager.cost(10, keys) == 3  # idle ones are free for others, too
+    assert manager.allocate("c", 12, keys)[:2] == first[:2]
+    manager.check_integrity()
+
+
+def test_idle_blocks_are_taken_when_none_is_free_the_oldest_and_the_last_of_a_prefix_first() -> None:
+    manager = BlockManager(4, 4)
+    for owner, text in (("a", "aaaa"), ("b", "bbbb")):
+        manager.allocate(owner, 8)
+        manager.publish(owner, keys_of(text, text))
+        manager.free(owner)
+    manager.allocate("c", 4)
+    assert [manager.cached(keys_of(text, text)) for text in ("aaaa", "bbbb")] == [1, 2]
+    manager.allocate("d", 8)
+    assert [manager.cached(keys_of(text, text)) for text in ("aaaa", "bbbb")] == [0, 1]
+    assert manager.num_evicted == 3
+    manager.check_integrity()
+
+
+def test_who_writes_to_a_shared_block_gets_a_copy_and_the_last_one_does_not() -> None:
+    manager = BlockManager(8, 4)
+    table = list(manager.allocate("a", 6))
+    for other in ("b", "c"):
+        manager.fork("a", other)
+    assert manager.num_used == 2
+    copies = [manager.reserve(owner, 7) for owner in ("b", "a", "c")]
+    assert [len(made or ()) for made in copies] == [1, 1, 0]
+    assert {source for made in copies[:2] for source, _ in made or ()} == {table[1]}
+    assert manager.table("c") == table
+    assert len({manager.table(owner)[1] for owner in "abc"}) == 3
+    manager.check_integrity()
+
+
+def test_a_reservation_that_cannot_be_had_changes_nothing() -> None:
+    manager = BlockManager(2, 4)
+    manager.allocate("a", 6)
+    manager.fork("a", "b")
+    assert manager.reserve("a", 7) is None
+    assert manager.reserve("a", 9) is None
+    assert manager.table("a") == manager.table("b")
+    manager.free("b")
+    assert manager.reserve("a", 7) == []
+    manager.check_integrity()
+
+
+def test_blocks_grow_to_the_limit_before_a_request_is_refused_but_after_idle_ones_are_used() -> None:
+    manager = BlockManager(2, 4, limit=5)
+    manager.allocate("a", 8)
+    manager.publish("a", keys_of("abcd", "efgh"))
+    manager.free("a")
+    manager.allocate("b", 8)
+    assert manager.num_blocks == 2
+    manager.allocate("c", 4)
+    assert manager.num_blocks == 4
+    assert manager.available == 2
+    with pytest.raises(ValueError, match="asks for 3 blocks, 2 are free"):
+        manager.allocate("d", 12)
+    manager.check_integrity()
+
+
+def test_blocks_there_is_no_memory_for_are_taken_from_their_owners() -> None:
+    manager = BlockManager(6, 4)
+    tables = {owner: list(manager.allocate(owner, 8)) for owner in "abc"}
+    manager.publish("c", keys_of("abcd", "efgh"))
+    losers = manager.give_up(4)
+    assert set(losers) == {owner for owner, table in tables.items() if max(table) >= 4}
+    assert (manager.num_blocks, manager.limit) == (4, 4)
+    manager.check_integrity()
+
+
+def test_what_cannot_be_trusted_is_shared_no_more() -> None:
+    manager, keys = BlockManager(4, 4), keys_of("abcd")
+    manager.allocate("a", 4)
+    manager.publish("a", keys)
+    manager.forget("a")
+    assert manager.cached(keys) == 0
+    manager.free("a")
+    assert manager.num_idle == 0
+    manager.check_integrity()

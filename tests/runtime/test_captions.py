@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from vitrail.runtime import GenerationConfig, Runtime, captions
+from vitrail.runtime.beam import BeamSearch
 from vitrail.runtime.errors import CapacityError, InvalidRequestError, VitrailError
 from vitrail.runtime.models.contrastive import ContrastiveModel
 from vitrail.runtime.resize import fit_image
@@ -156,3 +157,47 @@ def test_logits_that_are_not_finite_are_an_error(rt, monkeypatch):
     monkeypatch.setattr(ContrastiveModel, "begin_caption", lambda *args: begin(*args) * np.nan)
     with pytest.raises(VitrailError, match="logits that are not finite"):
         rt.caption(SQUARE)
+
+
+def test_a_beam_search_is_that_of_whole_sequences_without_a_cache(rt):
+    with torch.no_grad():
+        model = rt.model
+        tiles = [torch.from_numpy(fit_image(Image.fromarray(image), (84, 84), crop=False)) for image in (WIDE, TALL)]
+        vision = model.vision_model(torch.stack(tiles))
+        prompt = rt.tokenizer.encode(PROMPT)
+        expected = []
+        for states in vision:
+            beams = BeamSearch(3, (rt.tokenizer.eos_token_id,), 2, 6)
+            while not beams.done:
+                ids = torch.tensor([prompt + sequence for sequence in beams.sequences])
+                x = torch.cat((model.query_tokens.expand(3, -1, -1), model.qllama.embed(ids)), 1)
+                positions = torch.arange(x.shape[1]).expand(3, -1)
+                hidden = model.qllama(x, positions, prefix=QUERIES, vision=states.expand(3, -1, -1))
+                beams.advance(model.qllama.logits(hidden[:, -1]))
+            expected.append(beams.ended[0][1])
+    outputs = rt.caption([WIDE, TALL], num_beams=3, min_new_tokens=2, max_new_tokens=6)
+    assert [output.token_ids for output in outputs] == expected
+    assert [output.text for output in outputs] == [rt.tokenizer.decode(ids) for ids in expected]
+    assert outputs[0].usage.completion_tokens == len(expected[0])
+    assert rt.caption(TALL, num_beams=3, min_new_tokens=2, max_new_tokens=6).token_ids == expected[1]
+
+
+def test_one_beam_is_the_greedy_caption(rt):
+    assert rt.caption(WIDE, num_beams=1, max_new_tokens=5).token_ids == rt.caption(WIDE, max_new_tokens=5).token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 0}, "num_beams=0: must be an integer from 1 to 64"),
+        ({"num_beams": 65}, "num_beams=65"),
+        ({"num_beams": True}, "num_beams=True"),
+        ({"num_beams": 5, "temperature": 0.5}, "num_beams=5 goes with max_new_tokens and min_new_tokens alone"),
+        ({"num_beams": 5, "stop": ["a"]}, "goes with max_new_tokens"),
+        ({"num_beams": 5, "n": 2}, "goes with max_new_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format: captions follow no form"),
+    ],
+)
+def test_a_search_is_refused_what_it_has_no_place_for(rt, settings, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        rt.caption(WIDE, **settings)

@@ -89,7 +89,7 @@ def test_json_holds_the_whole_output(rt, model, folder):
     assert body["num_tiles"] == [3]
     assert body["model"] == str(folder)
     assert body["load_ms"] > 0
-    assert set(body["metrics"]) == {"queue_ms", "preprocess_ms", "vision_ms", "ttft_ms", "tpot_ms", "e2e_ms"}
+    assert set(body["metrics"]) >= {"queue_ms", "preprocess_ms", "vision_ms", "ttft_ms", "tpot_ms", "e2e_ms"}
 
 
 def test_a_streamed_answer_is_the_same_text(rt, model, folder, monkeypatch):

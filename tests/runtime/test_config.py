@@ -92,6 +92,7 @@ def test_the_config_of_v1_5_is_read_entry_by_entry() -> None:
         "min_dynamic_patch": 1,
         "max_dynamic_patch": 12,
         "pad2square": False,
+        "layout": "official",
     }
     assert (config.tokens_per_tile, config.shuffle_factor, config.vision_depth) == (256, 2, 45)
     assert (config.vision.head_dim, config.vision.grid_size) == (128, 32)
@@ -238,7 +239,7 @@ def test_a_section_that_is_no_object_is_named(section: str, wrong: Any) -> None:
     ("path", "value", "message"),
     [
         (("model_type",), "llava", "unknown model_type 'llava'; known: internvl_chat"),
-        (("model_type",), "internvl", "transformers-native form; use the original checkpoint"),
+        (("model_type",), "internvl", "text_config: expected an object"),
         (("model_type",), ..., "unknown model_type None"),
         (("ps_version",), "v3", "`ps_version` is 'v3'; known: v1, v2"),
         (("use_llm_lora",), 16, "`use_llm_lora` is 16; merge the LoRA weights first"),

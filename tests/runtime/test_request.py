@@ -37,7 +37,7 @@ def test_every_promised_setting_exists() -> None:
     promised = (
         "max_new_tokens min_new_tokens do_sample temperature top_p top_k min_p repetition_penalty presence_penalty "
         "frequency_penalty seed stop stop_token_ids bad_words ignore_eos n logprobs logit_bias response_format "
-        "skip_special_tokens include_stop_str_in_output max_tiles total_max_tiles"
+        "skip_special_tokens include_stop_str_in_output max_tiles total_max_tiles cache_salt"
     )
     assert set(promised.split()) == FIELDS
     assert SamplingParams is GenerationConfig
@@ -122,11 +122,15 @@ REFUSED: dict[str, list[Any]] = {
         {True: 1},
         dict.fromkeys(range(1025), 1),
     ],
-    "response_format": ["text", [], 1],
+    "response_format": [
+        *("text", [], 1, {}, {"type": "xml"}, {"type": "regex"}, {"type": "regex", "regex": 1}),
+        *({"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "text", "more": 1}),
+    ],
     "skip_special_tokens": [1, "yes"],
     "include_stop_str_in_output": [1, "yes"],
     "max_tiles": [0, -1, 257, True, 1.0],
     "total_max_tiles": [0, -1, True, 1.0],
+    "cache_salt": ["", "x" * 257, 3, b"tenant"],
 }
 
 
@@ -175,6 +179,7 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("logit_bias", {}, {}),
     ("response_format", {"type": "text"}, {"type": "text"}),
     ("total_max_tiles", 1000, 1000),
+    ("cache_salt", "tenant", "tenant"),
 ]
 
 
@@ -253,10 +258,18 @@ def test_more_minimum_than_maximum_tokens_is_an_error() -> None:
         GenerationConfig(max_new_tokens=5, min_new_tokens=6)
 
 
-@pytest.mark.parametrize("wanted", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, {}])
-def test_structured_output_is_said_not_to_be_available(wanted: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match="structured output is not available yet"):
-        GenerationConfig(response_format=wanted)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "total", "schema": {"type": "object"}}},
+        {"type": "regex", "regex": "[0-9]+"},
+    ],
+)
+def test_the_forms_of_structured_output_are_kept_as_they_are(wanted: dict[str, Any]) -> None:
+    assert GenerationConfig(response_format=wanted).response_format == wanted
+    with pytest.raises(InvalidRequestError, match="ignore_eos contradicts response_format"):
+        GenerationConfig(response_format=wanted, ignore_eos=True)
 
 
 def test_a_token_id_beyond_the_vocabulary_is_refused_once_the_model_is_known() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vitrail.runtime import video
 from vitrail.runtime.errors import InvalidRequestError, UnsupportedError
 from vitrail.runtime.image import ImageLimits
-from vitrail.runtime.video import frame_indices, sample_frames
+from vitrail.runtime.video import frame_indices, interval_indices, sample_frames
 
 av = pytest.importorskip("av")
 
@@ -77,6 +77,29 @@ def test_indices_follow_the_published_formula_and_stay_inside(num_source_frames,
 def test_halves_are_rounded_to_even():
     # Segments of 2.5 frames: 0, 2.5, 5, 7.5 become 0, 2, 5, 8 before half a segment is added.
     assert frame_indices(11, 4) == [1, 3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (80, [5, 15, 25, 35, 45, 55, 65, 75]),
+        (77, [5, 15, 25, 35, 45, 55, 65, 75]),  # intervals of ceil(77 / 8) = 10
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_retrieval_takes_the_middles_of_intervals(frames: int, expected: list[int]) -> None:
+    assert interval_indices(frames, 8) == expected
+    assert [index - 3 for index in interval_indices(frames + 9, 8, 3, frames + 2)] == expected
+
+
+@given(frames=st.integers(1, 500), count=st.integers(1, 40))
+def test_intervals_never_leave_the_video(frames: int, count: int) -> None:
+    indices = interval_indices(frames, count)
+    assert len(indices) == count
+    assert all(0 <= index < frames for index in indices)
+    interval = -(-frames // count)
+    if interval * (count - 1) + interval // 2 >= frames:
+        assert indices == frame_indices(frames, count)
 
 
 @pytest.mark.parametrize(("container", "codec"), CONTAINERS)

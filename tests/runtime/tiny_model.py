@@ -63,41 +63,28 @@ def assert_same_answer(expected: Completion, got: Completion) -> None:
 
 def check_integrity(engine: Engine) -> None:
     """Every live request is in exactly one place, and what runs, and nothing else, has blocks of the cache."""
-    rows = [sequence for _, sequence in engine.running]
-    assert len({id(sequence) for sequence in rows}) == len(rows)
+    engine.scheduler.check_integrity()
+    engine.vision_cache.check_integrity()
     for request, sequence in engine.running:
         assert sequence.finish_reason is None
         assert request.finished is None
         assert engine._requests[request.request_id] is request
-    engine.blocks.check_integrity()
-    assert engine.blocks.num_used == sum(
-        engine.blocks.blocks_for(request.planned_length) for request, _ in engine.running
-    )
-    if rows:
-        assert engine.runner.cache is not None
-        assert engine.runner.cache.num_blocks == engine.blocks.num_blocks
-    for request in engine.waiting:
-        assert engine._requests[request.request_id] is request
-        assert request.admitted is None
-    running = {request.request_id for request, _ in engine.running}
-    waiting = [request.request_id for request in engine.waiting]
-    assert len(set(waiting)) == len(waiting)
-    assert running.isdisjoint(waiting)
-    assert running.union(waiting) == set(engine._requests)
+    if engine.running and not engine.closed and engine.runner.cache is not None:
+        assert engine.runner.cache.num_blocks >= engine.blocks.num_blocks
+    placed = [*engine.scheduler.running, *engine.scheduler.waiting, *engine.preparation.waiting]
+    placed += [request for request in engine.preparation.loading if request.finished is None]
+    assert len({request.request_id for request in placed}) == len(placed)
+    assert {request.request_id for request in placed} <= set(engine._requests)  # others are still in the inbox
 
 
 def assert_idle(engine: Engine) -> None:
-    """No request, row or lock is held."""
+    """No request, row or turn is held."""
     check_integrity(engine)
     assert not engine._requests
     assert not engine.running
-    assert not engine._dropped
+    assert not engine.scheduler
+    assert not engine.preparation.waiting
+    assert engine.blocks.num_used == 0
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(_lock_is_free, engine).result(timeout=10)
-
-
-def _lock_is_free(engine: Engine) -> bool:
-    if not engine._lock.acquire(blocking=False):
-        return False
-    engine._lock.release()
-    return True
+        other.submit(lambda: engine.closed or engine.step()).result(timeout=10)
+    assert engine.turns.idle

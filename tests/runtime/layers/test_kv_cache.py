@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vitrail.kernels.quantized_cache import QuantizedCache
 from vitrail.runtime.config import parse_config
 from vitrail.runtime.layers.kv_cache import KVBatch, KVCache
 
@@ -21,6 +22,36 @@ def test_everything_is_allocated_at_once_and_empty() -> None:
     assert not kv.keys.any()
     assert not kv.values.any()
     assert 3 * 16 * LLM.kv_bytes_per_token == kv.keys.nbytes + kv.values.nbytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_caches_of_8_bits_have_a_scale_for_each_token_and_head(device: str) -> None:
+    kv = KVCache(LLM, 3, 16, dtype=torch.int8, device=torch.device(device))
+    for cache in (kv.keys, kv.values):
+        assert isinstance(cache, QuantizedCache)
+        assert (cache.codes.shape, cache.codes.dtype) == ((2, 3, 16, 2, 8), torch.int8)
+        assert (cache.scales.shape, cache.scales.dtype) == ((2, 3, 16, 2), torch.float32)
+    assert (kv.num_blocks, kv.block_size) == (3, 16)
+    assert 3 * KVCache.bytes_per_block(LLM, torch.int8, 16) == kv.keys.nbytes + kv.values.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_block_takes_what_its_tokens_take(dtype: torch.dtype) -> None:
+    assert KVCache.bytes_per_block(LLM, dtype, 16) == 16 * LLM.kv_bytes_per_token * dtype.itemsize // 2
+
+
+def test_codes_and_scales_are_copied_together() -> None:
+    old, new = (KVCache(LLM, blocks, 4, dtype=torch.int8, device=torch.device("cpu")) for blocks in (3, 5))
+    assert isinstance(old.keys, QuantizedCache)
+    old.keys.codes.random_(-127, 128)
+    old.keys.scales.normal_()
+    new.copy_from(old)
+    new.copy_blocks([2], [4])
+    assert isinstance(new.keys, QuantizedCache)
+    for held, before in ((new.keys.codes, old.keys.codes), (new.keys.scales, old.keys.scales)):
+        assert torch.equal(held[:, :3], before)
+        assert torch.equal(held[:, 4], before[:, 2])
+        assert not held[:, 3].any()
 
 
 def test_blocks_are_copied_over_others_and_nothing_else_changes() -> None:
