@@ -5,8 +5,8 @@
 Each request brings a picture of its own, so that no cache helps, and asks for a fixed number of tokens. *closed, N*: N
 clients, each sending its next request when the last one is answered. *Poisson*: requests come at random, at 70 % of
 what the closed loop of the same tiles managed with most clients. *one by one*: the same runtime, one client.
-*transformers*: the port's `generate` on the same requests, N of one size in a batch, weights shared, SDPA attention.
-*again*: time to the first token of a picture that was asked about before, against that of a new one.
+*transformers*: the port's `generate` on the same requests, N of one size in a batch, weights shared, SDPA attention: it
+waits for nobody and lets nobody in. *again*: pictures that were asked about before, against *new pictures*.
 
 TTFT: from a request's arrival to its first token. ITL: between tokens of one answer; where a step brings several
 answers forward each of them counts.
@@ -15,11 +15,11 @@ answers forward each of them counts.
 import argparse
 import os
 import random
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from vitrail.bench.peer import pixel_values, transformers_model
 from vitrail.runtime.api import Runtime
 from vitrail.runtime.engine.processor import Conversation, Picture
 from vitrail.runtime.prompt import place_images
+from vitrail.runtime.request import StreamDelta
 
 QUESTION = "What is the total?"
 # Columns and rows of the picture whose tiles, with the thumbnail, are so many.
@@ -75,37 +76,41 @@ def picture(config: Any, tiles: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def ask(runtime: Runtime, image: Image.Image, tiles: int, new_tokens: int, arrived: float | None = None) -> Answer:
-    """One request, streamed to its end."""
-    answer = Answer(time.perf_counter() if arrived is None else arrived)
-    most = max(tiles - 1, 1)  # the thumbnail comes on top
-    for delta in runtime.stream(QUESTION, image, max_new_tokens=new_tokens, ignore_eos=True, max_tiles=most):
-        answer.tokens += [time.perf_counter()] * len(delta.token_ids)
-    return answer
+def answer_all(
+    runtime: Runtime,
+    images: Sequence[Image.Image],
+    tiles: int,
+    new_tokens: int,
+    *,
+    clients: int | None = None,
+    rate: float | None = None,
+) -> list[Answer]:
+    """All requests, streamed to their ends by one thread that has many streams open, as a server's loop has.
 
-
-def closed_loop(runtime: Runtime, images: Sequence[Image.Image], tiles: int, clients: int, new: int) -> list[Answer]:
-    """All requests, by so many clients at once."""
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(lambda image: ask(runtime, image, tiles, new), images))
-
-
-def poisson(runtime: Runtime, images: Sequence[Image.Image], tiles: int, rate: float, new: int) -> list[Answer]:
-    """All requests, arriving at `rate` a second whether or not earlier ones are answered."""
+    clients: so many at a time, one begins where another ends. rate: they arrive at random, so many a second.
+    """
     generator = random.Random(0)
+    gaps = [0.0 if rate is None else generator.expovariate(rate) for _ in images]
+    start = time.perf_counter()
+    coming = deque(zip(images, (start + offset for offset in accumulate(gaps)), strict=True))
+    most = max(tiles - 1, 1)  # the thumbnail comes on top
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "max_tiles": most}
     answers: list[Answer] = []
-    threads = []
-    arrival = time.perf_counter()
-    for image in images:
-        arrival += generator.expovariate(rate)
-        time.sleep(max(0.0, arrival - time.perf_counter()))
-        thread = threading.Thread(
-            target=lambda image=image, at=arrival: answers.append(ask(runtime, image, tiles, new, at))
-        )
-        thread.start()
-        threads.append(thread)
-    for thread in threads:
-        thread.join()
+    streams: dict[Iterator[StreamDelta], Answer] = {}
+    while coming or streams:
+        now = time.perf_counter()
+        if coming and not streams and coming[0][1] > now:
+            time.sleep(coming[0][1] - now)
+        while coming and (len(streams) < clients if clients is not None else coming[0][1] <= time.perf_counter()):
+            image, arrival = coming.popleft()
+            answers.append(Answer(time.perf_counter() if rate is None else arrival))
+            streams[runtime.stream(QUESTION, image, **options)] = answers[-1]
+        for stream, answer in list(streams.items()):
+            delta = next(stream, None)
+            if delta is None:
+                del streams[stream]
+            else:
+                answer.tokens += [time.perf_counter()] * len(delta.token_ids)
     return answers
 
 
@@ -176,8 +181,7 @@ def peer_row(peer: Peer, images: Sequence[Image.Image], tiles: int, at_once: int
 
 def again_rows(runtime: Runtime, tiles: int, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """Time to the first token of new pictures and of the same ones again, one request at a time."""
-    new = [ask(runtime, image, tiles, 4) for image in images]
-    seen = [ask(runtime, image, tiles, 4) for image in images]
+    new, seen = (answer_all(runtime, images, tiles, 4, clients=1) for _ in range(2))
     return [row_of("vitrail", name, tiles, answers) for name, answers in (("new pictures", new), ("again", seen))]
 
 
@@ -193,18 +197,18 @@ def measure_model(name: str, device: str) -> Iterator[dict[str, Any]]:
         return [picture(config, tiles, next(seeds)) for _ in range(count)]
 
     for tiles in case.tiles:
-        ask(runtime, pictures(tiles, 1)[0], tiles, 4)  # warms up, and grows the cache
-        closed_loop(runtime, pictures(tiles, max(case.clients)), tiles, max(case.clients), 2)
+        most = max(case.clients)
+        answer_all(runtime, pictures(tiles, most), tiles, 4, clients=most)  # warms up, and grows the cache
         rate = 0.0
         for clients in case.clients:
             images = pictures(tiles, max(clients * case.requests_per_client, 4))
-            answers = closed_loop(runtime, images, tiles, clients, case.new_tokens)
+            answers = answer_all(runtime, images, tiles, case.new_tokens, clients=clients)
             row = row_of("vitrail", "one by one" if clients == 1 else f"closed, {clients}", tiles, answers)
             rate = row["requests_per_s"]
             yield row
             yield peer_row(peer, pictures(tiles, len(images)), tiles, clients, case.new_tokens)
-        images = pictures(tiles, max(case.clients) * case.requests_per_client)
-        answers = poisson(runtime, images, tiles, POISSON_LOAD * rate, case.new_tokens)
+        images = pictures(tiles, most * case.requests_per_client)
+        answers = answer_all(runtime, images, tiles, case.new_tokens, rate=POISSON_LOAD * rate)
         yield row_of("vitrail", f"Poisson, {POISSON_LOAD * rate:.2f}/s", tiles, answers)
         yield from again_rows(runtime, tiles, pictures(tiles, 8))
 

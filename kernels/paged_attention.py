@@ -473,11 +473,13 @@ def paged_attention_reference(
 
 def _keys(cache: Cache, blocks: list[int], context: int, dtype: torch.dtype) -> Tensor:
     """The keys or values of a sequence: (1, kv_heads, context, d)."""
-    first = blocks[0]
-    if blocks == list(range(first, first + len(blocks))):  # neighbours are read in place
-        chosen = cache[first : first + len(blocks)]
-    else:
-        chosen = cache[torch.tensor(blocks, device=cache.device)]
-    if isinstance(chosen, QuantizedCache):
-        chosen = chosen.dequantize(dtype)
-    return chosen.flatten(0, 1)[None, :context].transpose(1, 2)
+    runs: list[slice] = []  # neighbours are read in place, or copied together
+    for block in blocks:
+        if runs and runs[-1].stop == block:
+            runs[-1] = slice(runs[-1].start, block + 1)
+        else:
+            runs.append(slice(block, block + 1))
+    parts = [cache[run] for run in runs]
+    chosen = [part.dequantize(dtype) if isinstance(part, QuantizedCache) else part for part in parts]
+    heads_first = [part.permute(2, 0, 1, 3).flatten(1, 2) for part in chosen]
+    return (heads_first[0] if len(runs) == 1 else torch.cat(heads_first, dim=1))[None, :, :context]

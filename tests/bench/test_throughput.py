@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitrail.bench.throughput import Answer, closed_loop, picture, poisson, row_of
+from vitrail.bench.throughput import Answer, answer_all, picture, row_of
 from vitrail.runtime.api import Runtime
 
 
@@ -21,7 +21,8 @@ def test_every_load_gets_its_tiles_and_its_tokens() -> None:
         images = [picture(runtime.model.config, 4, seed) for seed in range(3)]
         assert images[0].tobytes() != images[1].tobytes()
         assert runtime.count_tokens("x", images[0], max_tiles=3).image_tiles == 4
-        for answers in (closed_loop(runtime, images, 4, 2, 3), poisson(runtime, images, 4, 100.0, 3)):
+        for load in ({"clients": 2}, {"rate": 100.0}):
+            answers = answer_all(runtime, images, 4, 3, **load)
             assert len(answers) == 3
             for answer in answers:
                 assert len(answer.tokens) == 3
