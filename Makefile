@@ -62,6 +62,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/quality.py --model nano
 	$(BIN)/python bench/latency.py
+	$(BIN)/python bench/throughput.py
 	$(BIN)/python bench/report.py
 
 clean:

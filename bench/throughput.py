@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -32,8 +33,9 @@ from vitrail.bench.latency import load
 from vitrail.bench.peer import pixel_values, transformers_model
 from vitrail.runtime.api import Runtime
 from vitrail.runtime.engine.processor import Conversation, Picture
+from vitrail.runtime.engine.sequence import Request
 from vitrail.runtime.prompt import place_images
-from vitrail.runtime.request import StreamDelta
+from vitrail.runtime.request import GenerationConfig
 
 QUESTION = "What is the total?"
 # Columns and rows of the picture whose tiles, with the thumbnail, are so many.
@@ -85,33 +87,43 @@ def answer_all(
     clients: int | None = None,
     rate: float | None = None,
 ) -> list[Answer]:
-    """All requests, streamed to their ends by one thread that has many streams open, as a server's loop has.
+    """All requests, streamed to their ends by one thread that takes the engine's steps, as a server's loop has it.
 
     clients: so many at a time, one begins where another ends. rate: they arrive at random, so many a second.
     """
+    engine = runtime.engine
     generator = random.Random(0)
     gaps = [0.0 if rate is None else generator.expovariate(rate) for _ in images]
     start = time.perf_counter()
     coming = deque(zip(images, (start + offset for offset in accumulate(gaps)), strict=True))
-    most = max(tiles - 1, 1)  # the thumbnail comes on top
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "max_tiles": most}
+    config = GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True)
+    question = place_images(QUESTION, num_images=1, has_history=False)
     answers: list[Answer] = []
-    streams: dict[Iterator[StreamDelta], Answer] = {}
-    while coming or streams:
+    running: list[tuple[Request, Answer]] = []
+    while coming or running:
         now = time.perf_counter()
-        if coming and not streams and coming[0][1] > now:
+        if coming and not running and coming[0][1] > now:
             time.sleep(coming[0][1] - now)
-        while coming and (len(streams) < clients if clients is not None else coming[0][1] <= time.perf_counter()):
+        while coming and (len(running) < clients if clients is not None else coming[0][1] <= time.perf_counter()):
             image, arrival = coming.popleft()
             answers.append(Answer(time.perf_counter() if rate is None else arrival))
-            streams[runtime.stream(QUESTION, image, **options)] = answers[-1]
-        for stream, answer in list(streams.items()):
-            delta = next(stream, None)
-            if delta is None:
-                del streams[stream]
-            else:
-                answer.tokens += [time.perf_counter()] * len(delta.token_ids)
+            conversation = Conversation([(question, None)], [_cut(image, tiles)])
+            prepared = runtime.processor.prepare(conversation, decode=False)
+            running.append((engine.submit(uuid4().hex, prepared, config), answers[-1]))
+        engine.step()
+        now = time.perf_counter()
+        for request, answer in running:
+            while request.deltas:
+                answer.tokens += [now] * len(request.deltas.popleft().token_ids)
+            if request.error is not None:
+                raise request.error
+        running = [(request, answer) for request, answer in running if request.finished is None]
     return answers
+
+
+def _cut(image: Image.Image, tiles: int) -> Picture:
+    """The thumbnail of several tiles comes on top of the most that they may be."""
+    return Picture(image, max(tiles - 1, 1))
 
 
 def row_of(system: str, load_name: str, tiles: int, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -147,8 +159,7 @@ class Peer:
         """One batch, from decoded pictures to the last token."""
         question = place_images(QUESTION, num_images=1, has_history=False)
         prepared = [
-            self.runtime.processor.prepare(Conversation([(question, None)], [Picture(image, max(tiles - 1, 1))]))
-            for image in images
+            self.runtime.processor.prepare(Conversation([(question, None)], [_cut(image, tiles)])) for image in images
         ]
         device = self.parameter.device
         ids = torch.tensor([one.token_ids for one in prepared], device=device)
