@@ -148,9 +148,8 @@ def _visual_tokens(runtime: Runtime, prompt: Prepared) -> Tensor:
 def _log_probs(runtime: Runtime, prompt: Prepared, visual: Tensor, answer: list[int], max_new_tokens: int) -> Tensor:
     """(len(answer) + 1, vocab) fp32: what is expected at each token of an answer, and behind it."""
     model = runtime.model
-    assert runtime.tokenizer is not None
     ids = torch.tensor([*prompt.token_ids, *answer], device=runtime.device)
-    x = model.splice(ids, visual, runtime.tokenizer.token_to_id("<IMG_CONTEXT>"))
+    x = model.splice(ids, visual, runtime.engine.context_token_id)
     planned = len(prompt.token_ids) + max_new_tokens
     inv_freq = inverse_frequencies(model.config.llm, planned).to(runtime.device)
     positions = torch.arange(len(ids), device=runtime.device)[None]

@@ -128,7 +128,7 @@ class _Run:
         self.model = self.parts.model
         self.methods = plan(self.model, config, device)
         self.set = _calibration_set(parsed, self.tokenizer, options)
-        self.context_id = cast(int, self.tokenizer.token_to_id("<IMG_CONTEXT>"))  # prompts have it
+        self.context_id = cast(int, self.tokenizer.token_to_id(parsed.context_token))  # prompts have it
         self.stages = self._stages()
         self.output = CheckpointFolder(target, len(self.stages), self._settings())
 
