@@ -6,6 +6,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
+
+# Addresses of keys and values, and their block size and strides of blocks, tokens and heads, in elements.
+CacheArguments = tuple[int, int, int, int, int, int]
 
 
 class Weight(Protocol):
@@ -27,6 +31,8 @@ class CpuExtension(Protocol):
     """What the extension offers. `isa` is one of `instruction_sets()`, or empty for the fastest.
 
     All arrays are contiguous, none is copied; the interpreter lock is released; a `ValueError` tells what does not fit.
+    The operations on tokens (csrc/cpu/token_ops.h) take addresses, 0 for None, of float32 or bfloat16; what they name
+    is the caller's to check.
     """
 
     def instruction_sets(self) -> list[str]:
@@ -63,6 +69,60 @@ class CpuExtension(Protocol):
     ) -> Weight:
         """Keeps the arrays, which must not change."""
 
+    def rms_norm(
+        self,
+        bfloat16: bool,
+        rows: int,
+        hidden: int,
+        x_stride: int,
+        x: int,
+        branch: int,
+        scale: int,
+        weight: int,
+        total: int,
+        out: int,
+        eps: float,
+        threads: int,
+        isa: str,
+    ) -> None: ...
+
+    def rope_and_cache(
+        self,
+        bfloat16: bool,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qkv: int,
+        cos: int,
+        sin: int,
+        q_weight: int,
+        k_weight: int,
+        eps: float,
+        slots: int,
+        q: int,
+        cache: CacheArguments,
+        threads: int,
+        isa: str,
+    ) -> None: ...
+
+    def paged_decode(
+        self,
+        bfloat16: bool,
+        sequences: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        q: int,
+        tables: int,
+        table_width: int,
+        contexts: int,
+        out: int,
+        cache: CacheArguments,
+        threads: int,
+        isa: str,
+    ) -> None: ...
+
 
 def _load() -> tuple[CpuExtension | None, str]:
     try:
@@ -74,3 +134,14 @@ def _load() -> tuple[CpuExtension | None, str]:
 
 
 extension, missing_because = _load()
+
+
+def cache_arguments(k_cache: Tensor, v_cache: Tensor) -> CacheArguments:
+    """What the extension takes of caches (num_blocks, block_size, kv_heads, d) of the same strides."""
+    block_stride, token_stride, head_stride, _ = k_cache.stride()
+    return k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[1], block_stride, token_stride, head_stride
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .cpu_extension import CpuExtension, extension
 from .language import HAS_TRITON
 
 if TYPE_CHECKING:
@@ -87,6 +88,19 @@ def target_of(*tensors: Tensor) -> Target | None:
     if _simulation is not None:
         return _simulation.target
     return cuda_target(first.device) if first.is_cuda else None
+
+
+def cpu_extension(*tensors: Tensor) -> CpuExtension | None:
+    """The C++ extension, where its operations on tokens do for these: all of the first's dtype, float32 or bfloat16.
+
+    Only in inference mode: whoever trains, exports or asks for the reference gets plain torch.
+    """
+    first = tensors[0]
+    if extension is None or _simulation is not None or not torch.is_inference_mode_enabled():
+        return None
+    if first.is_cuda or first.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return extension if all(tensor.dtype == first.dtype for tensor in tensors) else None
 
 
 def cuda_target(device: torch.device) -> Target | None:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Target, target_of
+from .cpu_extension import CpuExtension, address
+from .dispatch import Target, cpu_extension, target_of
 from .language import kernel, next_power_of_2, row_warps, tl
 from .launch import launch
 from .quantize import QuantizedRows, check_codes, empty_rows, quantize_rows_reference, quantized
@@ -68,7 +69,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, quantize: torch.dtype | N
     """
     target = _check("rms_norm", x, weight, quantize)
     if target is None:
-        return _codes(rms_norm_reference(x, weight, eps), quantize)
+        extension = cpu_extension(x, weight)
+        normed = rms_norm_reference(x, weight, eps) if extension is None else _on_cpu(extension, x, weight, eps)
+        return _codes(normed, quantize)
     return _launch(x, None, None, weight, None, eps, quantize)[1]
 
 
@@ -135,7 +138,13 @@ def residual_norm(
         raise ValueError(f"residual_norm: x is {tuple(x.shape)}, branch {tuple(branch.shape)}")
     target = _check("residual_norm", x, weight, quantize, branch)
     if target is None:
-        total, normed = residual_norm_reference(x, branch, scale, weight, bias, eps)
+        # Torch's own LayerNorm is one operation already.
+        extension = cpu_extension(x, branch, weight, weight if scale is None else scale) if bias is None else None
+        if extension is None:
+            total, normed = residual_norm_reference(x, branch, scale, weight, bias, eps)
+        else:
+            total = torch.empty(x.shape, dtype=x.dtype)
+            normed = _on_cpu(extension, x, weight, eps, branch.contiguous(), scale, total)
         return total, _codes(normed, quantize)
     return _launch(x, branch.contiguous(), scale, weight, bias, eps, quantize)
 
@@ -157,6 +166,28 @@ def _check(operation: str, x: Tensor, weight: Tensor, quantize: torch.dtype | No
     if quantize is not None:
         check_codes(quantize, target)
     return target
+
+
+def _on_cpu(
+    extension: CpuExtension,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    branch: Tensor | None = None,
+    scale: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
+    hidden = x.shape[-1]
+    rows = x.reshape(-1, hidden)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    extension.rms_norm(
+        *(x.dtype == torch.bfloat16, len(rows), hidden, rows.stride(0), rows.data_ptr()),
+        *(address(branch), address(scale), weight.data_ptr(), address(total), out.data_ptr()),
+        *(eps, torch.get_num_threads(), ""),
+    )
+    return out
 
 
 def _codes(normed: Tensor, quantize: torch.dtype | None) -> Tensor | QuantizedRows:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import causal_attention_reference
-from .dispatch import Arch, Choice, choose, target_of
+from .cpu_extension import cache_arguments
+from .dispatch import Arch, Choice, choose, cpu_extension, target_of
 from .language import cdiv, jit, kernel, next_power_of_2, tl
 from .launch import launch
 from .quantized_cache import Cache, QuantizedCache, codes_of, scales_of
@@ -327,8 +328,18 @@ def paged_attention(
             f"paged_attention: block tables {tuple(block_tables.shape)}, borders {tuple(cu_seqlens_q.shape)} "
             f"and contexts {tuple(context_lens.shape)} are not of the same sequences"
         )
-    target = target_of(q, codes_of(k_cache))
+    keys, values = codes_of(k_cache), codes_of(v_cache)
+    target = target_of(q, keys)
     if target is None:
+        extension = cpu_extension(q, keys, values) if max_seqlen_q == 1 and q.shape[0] == num_seqs else None
+        if extension is not None and keys.stride() == values.stride():
+            q, tables, out = q.contiguous(), block_tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+            extension.paged_decode(
+                *(q.dtype == torch.bfloat16, num_seqs, heads, kv_heads, head_dim),
+                *(q.data_ptr(), tables.data_ptr(), tables.shape[1], context_lens.data_ptr(), out.data_ptr()),
+                *(cache_arguments(keys, values), torch.get_num_threads(), ""),
+            )
+            return out
         return paged_attention_reference(
             *(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens), max_seqlen_q=max_seqlen_q
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from .dispatch import target_of
 from .language import kernel, next_power_of_2, row_warps, tl
 from .launch import launch
-from .norm import rms_norm_reference
+from .norm import rms_norm, rms_norm_reference
 
 
 @kernel()
@@ -44,7 +44,8 @@ def qk_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tupl
     if qkv.shape[-1] != 3 * hidden or k_weight.shape[0] != hidden:
         raise ValueError(f"qk_norm: qkv has {qkv.shape[-1]} channels, the weights {hidden} and {k_weight.shape[0]}")
     if target_of(qkv, q_weight, k_weight) is None:
-        return qk_norm_reference(qkv, q_weight, k_weight, eps)
+        q, k, v = qkv.chunk(3, dim=-1)
+        return rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), v
     if not qkv.is_contiguous():
         raise ValueError(f"qk_norm: qkv {tuple(qkv.shape)} with strides {qkv.stride()} is not contiguous")
     block = next_power_of_2(hidden)

@@ -10,7 +10,8 @@ cache is so. Separate kernels read and write q and k three times.
 import torch
 from torch import Tensor
 
-from .dispatch import target_of
+from .cpu_extension import address, cache_arguments
+from .dispatch import cpu_extension, target_of
 from .language import cdiv, jit, kernel, next_power_of_2, tl
 from .launch import launch
 from .norm import rms_norm_reference
@@ -150,11 +151,23 @@ def rope_and_cache(
         )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_cache: q_norm and k_norm come together")
-    target = target_of(qkv, codes_of(k_cache), *(weight for weight in (q_norm, k_norm) if weight is not None))
+    keys, values = codes_of(k_cache), codes_of(v_cache)
+    weights = [weight for weight in (q_norm, k_norm) if weight is not None]
+    target = target_of(qkv, keys, *weights)
     if target is None:
-        return rope_and_cache_reference(
-            *(qkv, cos, sin, k_cache, v_cache, slot_mapping, num_heads), q_norm=q_norm, k_norm=k_norm, eps=eps
+        extension = cpu_extension(qkv, cos, sin, keys, values, *weights)  # none for caches of another dtype
+        if extension is None or keys.stride() != values.stride():
+            return rope_and_cache_reference(
+                *(qkv, cos, sin, k_cache, v_cache, slot_mapping, num_heads), q_norm=q_norm, k_norm=k_norm, eps=eps
+            )
+        qkv, cos, sin, slots = (tensor.contiguous() for tensor in (qkv, cos, sin, slot_mapping))
+        q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype)
+        extension.rope_and_cache(
+            *(qkv.dtype == torch.bfloat16, num_tokens, num_heads, kv_heads, head_dim),
+            *(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(q_norm), address(k_norm), eps),
+            *(slots.data_ptr(), q.data_ptr(), cache_arguments(keys, values), torch.get_num_threads(), ""),
         )
+        return q
     if not all(x.is_contiguous() for x in (qkv, cos, sin, k_cache, v_cache)):
         raise ValueError("rope_and_cache: qkv, tables and caches must be contiguous")
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -165,7 +178,7 @@ def rope_and_cache(
         _rope_and_cache_kernel,
         (num_tokens, cdiv(heads, block_heads)),
         *(qkv, cos, sin, q_norm, k_norm, slot_mapping),
-        *(q, codes_of(k_cache), codes_of(v_cache)),
+        *(q, keys, values),
         *(scales_of(k_cache), scales_of(v_cache)),
         *(num_heads, kv_heads),
         eps,

@@ -17,6 +17,7 @@
 #include "cpu_features.h"
 #include "quantized_matmul.h"
 #include "resize.h"
+#include "token_ops.h"
 
 namespace py = pybind11;
 
@@ -182,10 +183,59 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+// The operations on tokens take addresses, as a GPU's kernels do: their launchers have checked the
+// shapes, and to look into a dozen arrays would take longer than the work.
+using Address = uintptr_t;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using CacheArguments = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
+
+vitrail::Cache cache_of(const CacheArguments& arguments) {
+  const auto& [keys, values, block_size, block_stride, token_stride, head_stride] = arguments;
+  return {at(keys), at(values), block_size, block_stride, token_stride, head_stride};
+}
+
+void rms_norm(bool bfloat16, int64_t rows, int64_t hidden, int64_t x_stride, Address x,
+              Address branch, Address scale, Address weight, Address total, Address out, float eps,
+              int threads, const std::string& isa) {
+  const Isa chosen = vitrail::isa_from_name(isa);
+  py::gil_scoped_release unlocked;
+  vitrail::rms_norm({bfloat16, rows, hidden, x_stride, at(x), at(branch), at(scale), at(weight),
+                     at(total), at(out), eps},
+                    threads, chosen);
+}
+
+void rope_and_cache(bool bfloat16, int64_t tokens, int64_t heads, int64_t kv_heads,
+                    int64_t head_dim, Address qkv, Address cos, Address sin, Address q_weight,
+                    Address k_weight, float eps, Address slots, Address q,
+                    const CacheArguments& cache, int threads, const std::string& isa) {
+  const Isa chosen = vitrail::isa_from_name(isa);
+  py::gil_scoped_release unlocked;
+  vitrail::rope_and_cache(
+      {bfloat16, tokens, heads, kv_heads, head_dim, at(qkv), at(cos), at(sin), at(q_weight),
+       at(k_weight), eps, at<int64_t>(slots), at(q), cache_of(cache)},
+      threads, chosen);
+}
+
+void paged_decode(bool bfloat16, int64_t sequences, int64_t heads, int64_t kv_heads,
+                  int64_t head_dim, Address q, Address tables, int64_t table_width,
+                  Address contexts, Address out, const CacheArguments& cache, int threads,
+                  const std::string& isa) {
+  const Isa chosen = vitrail::isa_from_name(isa);
+  py::gil_scoped_release unlocked;
+  vitrail::paged_decode({bfloat16, sequences, heads, kv_heads, head_dim, at(q), at<int32_t>(tables),
+                         table_width, at<int32_t>(contexts), at(out), cache_of(cache)},
+                        threads, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "Tile preprocessing and quantised matrix products for CPUs.";
+  module.doc() = "Tile preprocessing, quantised matrix products and operations on tokens for CPUs.";
   module.def("instruction_sets", instruction_sets,
              "Names of the instruction sets that run here, slowest first.");
   module.def("fill_tiles", fill_tiles, py::arg("tiles").noconvert(), py::arg("grids"),
@@ -198,4 +248,7 @@ PYBIND11_MODULE(_cpu, module) {
            py::arg("inputs"), py::arg("group"))
       .def("multiply", &Weight::multiply, py::arg("x"), py::arg("bias").noconvert(), py::arg("y"),
            py::kw_only(), py::arg("threads"), py::arg("isa") = "");
+  module.def("rms_norm", rms_norm);
+  module.def("rope_and_cache", rope_and_cache);
+  module.def("paged_decode", paged_decode);
 }

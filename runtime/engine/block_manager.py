@@ -32,7 +32,7 @@ class BlockManager:
         self.block_size = block_size
         self.limit = num_blocks if limit is None else limit
         self.num_evicted = 0
-        self._free = set(range(num_blocks))
+        self._free = dict.fromkeys(reversed(range(num_blocks)))  # the last one is lent first
         self._tables: dict[Hashable, list[int]] = {}
         self._references: dict[int, int] = {}
         self._block_of: dict[bytes, int] = {}
@@ -142,13 +142,13 @@ class BlockManager:
             if block in self._key_of:
                 self._idle[block] = None
             else:
-                self._free.add(block)
+                self._free[block] = None
 
     def grow(self, num_blocks: int) -> None:
         """Lend blocks up to `num_blocks` from now on."""
         if num_blocks < self.num_blocks:
             raise ValueError(f"block manager: cannot shrink from {self.num_blocks} to {num_blocks} blocks")
-        self._free.update(range(self.num_blocks, num_blocks))
+        self._free.update(dict.fromkeys(reversed(range(self.num_blocks, num_blocks))))
         self.num_blocks = num_blocks
         self.limit = max(self.limit, num_blocks)
 
@@ -159,7 +159,7 @@ class BlockManager:
             self.free(owner)
         for block in [block for block in self._idle if block >= num_blocks]:
             self._evict(block)
-        self._free = {block for block in self._free if block < num_blocks}
+        self._free = {block: None for block in self._free if block < num_blocks}
         self.num_blocks = self.limit = num_blocks
         return losers
 
@@ -174,7 +174,7 @@ class BlockManager:
         states = sorted([*self._free, *self._idle, *self._references])
         assert states == list(range(self.num_blocks)), "a block is lost or in two states"
         assert self._block_of == {key: block for block, key in self._key_of.items()}, "keys and blocks differ"
-        assert not self._free & set(self._key_of), "a free block has a key"
+        assert not self._free.keys() & self._key_of.keys(), "a free block has a key"
         assert set(self._idle) <= set(self._key_of), "an idle block has no key"
 
     def _hold(self, block: int) -> None:
@@ -184,7 +184,7 @@ class BlockManager:
     def _evict(self, block: int) -> None:
         del self._idle[block]
         del self._block_of[self._key_of.pop(block)]
-        self._free.add(block)
+        self._free[block] = None
         self.num_evicted += 1
 
     def _take(self, count: int, after: int | None = None) -> list[int]:
@@ -195,27 +195,9 @@ class BlockManager:
             # Twice as many as far as allowed, so that what is copied along stays in proportion.
             self.grow(max(self.num_blocks + count - len(self._free), min(2 * self.num_blocks, self.limit)))
         if after is not None and count == 1 and after + 1 in self._free:
+            del self._free[after + 1]  # neighbours are read together
             blocks = [after + 1]
         else:
-            blocks = self._place(count) if count else []
-        self._free.difference_update(blocks)
+            blocks = [self._free.popitem()[0] for _ in range(count)]
         self._references.update(dict.fromkeys(blocks, 1))
         return blocks
-
-    def _place(self, count: int) -> list[int]:
-        """Neighbouring blocks, if there are any: a CPU reads them in place, where it has to gather others.
-
-        They come from the middle of the longest free stretch behind a used one, so that both owners can grow.
-        """
-        free = sorted(self._free)
-        stretches: list[tuple[int, int]] = []  # (length, first), the first of the longest being the largest
-        for block in free:
-            if stretches and -stretches[-1][1] + stretches[-1][0] == block:
-                stretches[-1] = (stretches[-1][0] + 1, stretches[-1][1])
-            else:
-                stretches.append((1, -block))
-        length, first = max(stretches)
-        if length < count:
-            return free[:count]
-        start = -first + ((length - count) // 2 if first else 0)
-        return list(range(start, start + count))

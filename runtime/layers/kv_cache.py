@@ -117,7 +117,12 @@ class KVBatch:
                 raise ValueError(
                     f"kv cache: {new} new tokens of {context} do not fit a table of {len(table)} blocks of {size}"
                 )
-            slots.extend(table[position // size] * size + position % size for position in range(context - new, context))
+            position = context - new
+            while position < context:  # block by block
+                place = table[position // size] * size + position % size
+                count = min(size - position % size, context - position)
+                slots += range(place, place + count)
+                position += count
         widest = max(len(table) for table in block_tables)
         tables = [[*table, *[0] * (widest - len(table))] for table in block_tables]
         return cls(

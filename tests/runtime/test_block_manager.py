@@ -17,13 +17,14 @@ def test_blocks_are_lent_for_all_tokens_and_come_back() -> None:
     assert (manager.num_used, manager.num_free) == (1, 4)
 
 
-def test_neighbouring_blocks_are_preferred_and_scattered_ones_taken_where_there_are_none() -> None:
+def test_blocks_come_in_the_order_in_which_one_owner_held_them_and_a_table_grows_by_a_neighbour() -> None:
     manager = BlockManager(8, 1)
-    owners = {manager.allocate(owner, 1)[0]: owner for owner in range(8)}
-    for block in (0, 2, 5, 6):
-        manager.free(owners[block])
-    assert manager.allocate("pair", 2) == [5, 6]
-    assert manager.allocate("apart", 2) == [0, 2]
+    assert manager.allocate("a", 3) == [0, 1, 2]
+    assert manager.allocate("b", 2) == [3, 4]
+    manager.free("a")
+    assert manager.reserve("b", 3) == []
+    assert manager.table("b") == [3, 4, 5]
+    assert manager.allocate("c", 4) == [0, 1, 2, 6]
 
 
 def test_more_than_is_free_and_a_second_table_are_refused() -> None:

@@ -1,0 +1,7 @@
+#include "token_ops_kernels.h"
+
+namespace vitrail {
+
+const TokenKernels kTokenPortable = kTokenKernels;
+
+}  // namespace vitrail
