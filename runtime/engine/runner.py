@@ -195,14 +195,21 @@ class Runner:
             for place, tokens in row.visual:
                 x[first + place : first + place + len(tokens)] = tokens
             first += count
-        positions = torch.cat([torch.arange(row.context - len(row.token_ids), row.context) for row in rows])
+        positions = torch.tensor(
+            [
+                position
+                for row, count in zip(rows, counts, strict=True)
+                for position in range(row.context - count, row.context)
+            ],
+            device=self.device,
+        )
         inv_freq = rows[0].inv_freq
         if len(rows) > 1:
             repeats = torch.tensor(counts, device=self.device)
             stacked = torch.stack([row.inv_freq for row in rows])
             inv_freq = stacked.repeat_interleave(repeats, dim=0, output_size=sum(counts))
-        hidden = decoder(x, positions.to(self.device, non_blocking=True), inv_freq, kv)
-        return decoder.logits(hidden[kv.cu_seqlens_q[1:].long() - 1])
+        hidden = decoder(x, positions, inv_freq, kv)
+        return decoder.logits(hidden[-1:] if len(rows) == 1 else hidden[kv.cu_seqlens_q[1:].long() - 1])
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy keys and values of whole blocks over others."""

@@ -10,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitrail.runtime.api import Runtime
 from vitrail.runtime.errors import UnsupportedError
 from vitrail.runtime.request import GenerationConfig
 from vitrail.runtime.sampler import SamplingState, sample
 from vitrail.runtime.structured import Grammars
 from vitrail.runtime.tokenizer import load_tokenizer
 from vitrail.runtime.weights import resolve_checkpoint
+
+from .tiny_model import picture
 
 TOKENIZER = load_tokenizer(resolve_checkpoint("nano"))
 VOCAB = 700  # more rows than the tokenizer has tokens, as many models have
@@ -123,3 +126,28 @@ def test_without_the_library_it_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'vitrail\[structured\]'"):
         Grammars(TOKENIZER, VOCAB, [END]).matcher({"type": "json_object"})
+
+
+def test_streams_and_batches_keep_to_a_form_and_what_runs_beside_them_does_not() -> None:
+    wanted = {"type": "regex", "regex": "(yes|no), [0-9]{3}!"}
+    question, images = "What is the total?", [[picture(224, 224, seed)] for seed in range(3)]
+    with Runtime.from_pretrained("nano", dtype="float32", device="cpu") as rt:
+        free = rt.generate(question, images[0], max_new_tokens=8)
+        beside = rt._submit(
+            rt._conversation(question, images[0], None, None, None), GenerationConfig(max_new_tokens=8), "beside"
+        )
+        formed = rt.generate([question] * 3, images, response_format=wanted)
+        streamed = "".join(delta.text for delta in rt.stream(question, images[0], response_format=wanted))
+        list(rt.engine.stream(beside))
+    assert all(re.fullmatch(wanted["regex"], output.text) for output in formed)
+    assert [output.finish_reason for output in formed] == ["stop"] * 3
+    assert streamed == formed[0].text
+    assert beside.completions[0].text == free.text
+    assert not re.fullmatch(wanted["regex"], free.text)
+
+
+def test_an_answer_cut_off_says_so_and_is_a_beginning_of_the_form() -> None:
+    with Runtime.from_pretrained("nano", dtype="float32", device="cpu") as rt:
+        output = rt.generate("Hello", response_format={"type": "regex", "regex": "a{40}"}, max_new_tokens=3)
+    assert output.finish_reason == "length"
+    assert set(output.text) == {"a"}
