@@ -71,7 +71,7 @@ clean:
 
 # Each stamp is written last, so an install that was cut short is repeated; `.begun` marks an environment that was never
 # finished, which starts again from nothing. An environment made by hand is used as it is.
-$(VENV)/.base: pyproject.toml setup.py
+$(VENV)/.base: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@if [ -e $(VENV)/.begun ]; then rm -rf $(VENV); fi
 	@if [ ! -e $(BIN)/python ]; then \
 		test -n "$(PYTHON)" || { echo "vitrail needs Python 3.11 or 3.12 with venv: name one, PYTHON=..." >&2; exit 1; }; \
@@ -85,7 +85,7 @@ $(VENV)/.base: pyproject.toml setup.py
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing what the tests need ..."
-	@$(PIP) -e ".[dev,video,pdf,structured]"
+	@$(PIP) -e ".[dev,export,otel,pdf,server,structured,tensorrt,video]"
 	@if [ "$$(uname)" = Linux ]; then $(PIP) -e ".[cuda]"; \
 		nvidia-smi -L >/dev/null 2>&1 || $(PIP) --no-deps triton==$(TRITON); fi
 	@touch $@

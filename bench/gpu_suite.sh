@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in sections of less than eight minutes that each run alone:
 #
-#     bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|engine ...]
+#     bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|quantised|engine ...]
 #
 # JSON and logs go to the folder OUT, a short table comes last. PYTHON names the interpreter, by default the checkout's
 # own environment or else python3; vitrail need not be installed.
 set -uo pipefail
 
-usage="usage: bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|engine ...]"
+usage="usage: bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|quantised|engine ...]"
 out=$(realpath -m "${1:?$usage}")
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -35,6 +35,7 @@ run_section() {
         vision) timeout 480 "$PYTHON" bench/vision.py --out "$out" ;;
         table_g) timeout 480 "$PYTHON" bench/table_g.py --out "$out" ;;
         decode) timeout 480 "$PYTHON" bench/decode.py --out "$out" ;;
+        quantised) timeout 480 "$PYTHON" bench/quantised.py --device cuda --out "$out" ;;
         engine)
             timeout 180 "$PYTHON" bench/latency.py --device cuda --models v1.5 --dtypes bfloat16 --out "$out"
             timeout 300 "$PYTHON" bench/throughput.py --device cuda --models v1.5 --out "$out" ;;
@@ -43,10 +44,10 @@ run_section() {
 
 failed=0
 sections=("$@")
-if [ $# -eq 0 ]; then sections=(tests kernels vision table_g decode engine); fi
+if [ $# -eq 0 ]; then sections=(tests kernels vision table_g decode quantised engine); fi
 for section in "${sections[@]}"; do
     case $section in
-        tests | kernels | vision | table_g | decode | engine) ;;
+        tests | kernels | vision | table_g | decode | quantised | engine) ;;
         *) echo "gpu_suite.sh: no section $section; $usage" >&2; exit 2 ;;
     esac
 done

@@ -138,11 +138,13 @@ def _record_rows(target: Target) -> list[Launch]:
 def _record_int4(target: Target) -> list[Launch]:
     """Weights of 4 bits want memory to be checked in: a small one stands for all whose sizes divide as its do."""
     launches: list[Launch] = []
-    weight = DecodeWeight(torch.zeros(256, 2048, dtype=torch.uint8), torch.ones(256, 16))
+    codes = torch.zeros(256, 2048, dtype=torch.uint8)
     with dispatch.simulate(target, launches):
-        dequantize(weight, torch.bfloat16)
-        for rows in (1, 32):
-            few_rows_linear(torch.empty(rows, 2048, dtype=torch.bfloat16), weight)
+        for group_size in (128, 32):
+            weight = DecodeWeight(codes, torch.ones(256, 2048 // group_size))
+            dequantize(weight, torch.bfloat16)
+            for rows in (1, 32):
+                few_rows_linear(torch.empty(rows, 2048, dtype=torch.bfloat16), weight)
     return launches
 
 

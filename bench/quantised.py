@@ -5,12 +5,14 @@
 CPU: a random model of Qwen2-0.5B's shape, the language half of InternVL2-1B: prefill of `--context` tokens, and one
 token of one sequence behind as many. vitrail in fp32, bf16, int8 and int4 (quantised rows compute the rest in fp32, and
 quantise the head too, as llama.cpp does); transformers in fp32 and bf16 on the same tensors; llama.cpp in Q8_0 and Q4_0
-where `llama-cpp-python` and `gguf` are installed: the file is made of the same weights. All with the same number of
-threads. Marks, against transformers in fp32: decode int8 2.5 times, int4 4 times.
+where `llama-cpp-python` and `gguf` are installed: the file is made of the same weights; onnxruntime in int8, where it
+is installed, of transformers' export (`onnx_peer.py`). All with the same number of threads. Marks, against transformers
+in fp32: decode int8 2.5 times, int4 4 times.
 
-GPU: InternViT-6B of seven tiles in int8 and fp8, decode of InternLM2-20B in int4, each against our bf16 with CUDA
-graphs; `share` is of the time that reading all weights and keys and values once would take at the copy bandwidth
-measured in the same run. Marks: ViT 1.45 times at a cosine of 0.995, decode 2.4 times and 0.62 of the roof.
+GPU: InternViT-6B of seven tiles in int8 and fp8, the inputs of fc2 with scales known beforehand as `vitrail quantize`
+writes them, and decode of InternLM2-20B in int4, each against our bf16 with CUDA graphs; `share` is of the time that
+reading all weights and keys and values once would take at the copy bandwidth measured in the same run. Marks: ViT 1.45
+times at a cosine of 0.995, decode 2.4 times and 0.62 of the roof.
 
 Exit status 1 where a mark is missed.
 """
@@ -39,7 +41,9 @@ from vitrail.bench.models import (
     randomize,
     vision_only,
 )
+from vitrail.bench.onnx_peer import PACKAGES, OnnxPeer
 from vitrail.bench.peer import transformers_model
+from vitrail.kernels.quantize import LARGEST
 from vitrail.runtime.config import DecoderConfig, InternVLConfig
 from vitrail.runtime.engine.runner import Runner
 from vitrail.runtime.layers.kv_cache import BLOCK_SIZE, KVBatch, KVCache
@@ -48,8 +52,9 @@ from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.models.decoder import Decoder
 from vitrail.runtime.models.internvl import InternVLModel
 from vitrail.runtime.quantization.config import QuantizationConfig
-from vitrail.runtime.quantization.methods import WEIGHTS
+from vitrail.runtime.quantization.methods import WEIGHTS, quantize_weight
 from vitrail.runtime.quantization.model import connect, linear_layers, plan, quantize_model
+from vitrail.runtime.smoothing import ROWS_DTYPE
 
 HEAD = r"^language_model\.head$"
 # (row, method of the layers, method of the head)
@@ -109,6 +114,9 @@ def cpu_contenders(
         ours(f"vitrail {label}", model)
         peer = _Peer(transformers_model(model, image_token_id=0), tokens)
         add(f"transformers {label}", peer.prefill, peer.decode)
+        if label == "fp32" and all(map(find_spec, PACKAGES)):
+            onnx = OnnxPeer(peer.model, tokens, folder)
+            add("onnxruntime int8", onnx.prefill, onnx.decode)
         if label == "fp32" and find_spec("llama_cpp") is not None and find_spec("gguf") is not None:
             for kind in LLAMA_KINDS:
                 path = folder / f"{kind}.gguf"
@@ -279,8 +287,13 @@ def check_alike(contenders: Mapping[str, Callable[[], Any]]) -> None:
 
 def missing_peers() -> str:
     """What could not take part, as a sentence."""
-    absent = [] if find_spec("llama_cpp") and find_spec("gguf") else ["llama.cpp (llama-cpp-python and gguf)"]
-    return f"Not measured: {', '.join([*absent, 'onnxruntime (there is no export of the decoder yet)'])}."
+    peers = {"llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, "onnxruntime": {p: p for p in PACKAGES}}
+    absent = [
+        f"{peer} ({' and '.join(packages.values())})"
+        for peer, packages in peers.items()
+        if not all(map(find_spec, packages))
+    ]
+    return f"Not measured: {', '.join(absent)}." if absent else ""
 
 
 def measure_cpu(context: int, repeats: int, out: str | None) -> list[str]:
@@ -346,6 +359,32 @@ def _random_weight(method: str, rows: int, columns: int, group_size: int, device
     return kind(codes.view(torch.int8).clamp(min=-127), scales)
 
 
+def quantize_vision(model: InternVLModel, method: str, tiles: Tensor) -> None:
+    """Round the ViT, the inputs of every fc2 with one scale for all: the largest magnitude that `tiles` bring there.
+
+    tiles: (n, side, side, 3) uint8, where the model is.
+    """
+    readers = {name: layer for name, layer in linear_layers(model.vision_model).items() if name.endswith("mlp.fc2")}
+    largest: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        largest[name] = x.abs().max().float()
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+        for name, layer in readers.items()
+    ]
+    model.encode_tiles(tiles)
+    for handle in handles:
+        handle.remove()
+    for name, layer in readers.items():
+        scales = (largest[name] / LARGEST[ROWS_DTYPE[method]]).expand(layer.weight.shape[1]).contiguous()
+        weight = quantize_weight(cast(Tensor, layer.weight), method, input_scales=scales, name=name)
+        replace_weight(layer, weight)
+        weight.pack()
+    quantize_model(model, vision=method)
+
+
 def vision_case(model: InternVLModel, tiles: Tensor) -> Callable[[], Tensor]:
     """The ViT and the projector over tiles. tiles: (n, side, side, 3) uint8, where the model is."""
     return lambda: model.encode_tiles(tiles)
@@ -400,7 +439,7 @@ def _measure_vision(repeats: int, missed: list[str]) -> list[dict[str, Any]]:
     for name in ("bf16", "int8", "fp8"):
         model = random_model(config, torch.bfloat16, "cuda")
         if name != "bf16":
-            quantize_model(model, vision=name)
+            quantize_vision(model, name, tiles[:1].cuda())
         runners[name] = Runner(model, max_num_seqs=1, max_model_len=BLOCK_SIZE, enforce_eager=False)
         runners[name].warm_up_vision()
     outputs = {name: runner.encode(tiles).float().flatten(0, 1) for name, runner in runners.items()}

@@ -13,7 +13,7 @@ other, of the first and second eight inputs of each sixteen, and the codes of g 
 import torch
 from torch import Tensor
 
-from .int4_decode import MAX_ROWS, STEP, TILE, DecodeWeight
+from .int4_decode import LEAST_GROUP, MAX_ROWS, STEP, TILE, DecodeWeight
 from .language import cdiv, jit, kernel, next_power_of_2, tl
 from .launch import launch
 
@@ -59,9 +59,10 @@ def _scales_and_zeros(scale_words):
 @kernel()
 def _dequantize_kernel(
     words_ptr, scale_words_ptr, out_ptr,  # (out_features, steps * 64)
-    out_features, steps, groups, steps_per_group,
-    BITS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+    out_features, steps, groups, units_per_group,
+    BITS: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    units: tl.constexpr = 64 // UNIT  # of a step: inputs that share a scale
     tile, first = tl.program_id(0), tl.program_id(1) * STEPS
     loads: tl.constexpr = BITS // 4
     g, block = tl.arange(0, 8), tl.arange(0, STEPS * 64 * loads)
@@ -71,16 +72,17 @@ def _dequantize_kernel(
     low, high = _codes(tl.load(words_ptr + offsets, mask=inside[None, :], other=0), 8, STEPS, BITS)
 
     columns = tl.arange(0, STEPS * 64)
-    step = first + tl.arange(0, STEPS)
-    scale_words_ptr += ((tile * groups + step // steps_per_group)[None, :] * 8 + g[:, None]) * 2
+    unit = first * units + tl.arange(0, STEPS * units)
+    scale_words_ptr += ((tile * groups + unit // units_per_group)[None, :] * 8 + g[:, None]) * 2
     outputs = tile * TILE + g
     out_ptrs = out_ptr + outputs.to(tl.int64)[:, None] * (steps * 64) + (first * 64 + columns)[None, :]
     there = (columns < (steps - first) * 64)[None, :]
     for half in tl.static_range(2):
         codes = low if half == 0 else high
-        scale_words = tl.load(scale_words_ptr + half, mask=(step < steps)[None, :], other=0)
+        scale_words = tl.load(scale_words_ptr + half, mask=(unit < steps * units)[None, :], other=0)
         scales, zeros = _scales_and_zeros(scale_words)
-        numbers = _centred(codes.reshape(8, STEPS, 64), zeros[:, :, None], BITS, tl.float32) * scales[:, :, None]
+        codes = codes.reshape(8, STEPS * units, UNIT)
+        numbers = _centred(codes, zeros[:, :, None], BITS, tl.float32) * scales[:, :, None]
         numbers = numbers.reshape(8, STEPS * 64).to(out_ptr.dtype.element_ty)
         mask = there & (outputs + half * 8 < out_features)[:, None]
         tl.store(out_ptrs + half * 8 * steps * 64, numbers, mask=mask)
@@ -89,11 +91,13 @@ def _dequantize_kernel(
 @kernel(unspecialized=("m",))
 def _few_rows_kernel(
     x_ptr, words_ptr, scale_words_ptr, bias_ptr, out_ptr,  # (m, steps * 64), ..., (out_features,) or None, (m, out)
-    m, out_features, steps, groups, steps_per_group,
+    m, out_features, steps, groups, units_per_group,
     x_stride,
-    BITS: tl.constexpr, TILES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, TILES: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """The weight is the left operand. A block's rows are the outputs g of its tiles and then the outputs g + 8."""
+    units: tl.constexpr = 64 // UNIT  # of a step: inputs that share a scale
     loads: tl.constexpr = BITS // 4
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     first = tl.program_id(0) * TILES
@@ -116,10 +120,17 @@ def _few_rows_kernel(
             words_ptrs + step * (512 * loads), mask=(block < (steps - step) * (64 * loads))[None, :], other=0
         )
         x = tl.load(x_ptrs + step * 64, mask=(columns < (steps - step) * 64)[:, None], other=0.0)
-        scales, zeros = _scales_and_zeros(tl.load(scale_words_ptrs + step // steps_per_group * 16))
         low, high = _codes(words, TILES * 8, STEPS, BITS)
         codes = tl.join(low, high).permute(2, 0, 1).reshape(TILES * 16, STEPS * 64)
-        acc += tl.dot(_centred(codes, zeros[:, None], BITS, dtype), x) * scales[:, None]
+        if UNIT == 64:
+            scales, zeros = _scales_and_zeros(tl.load(scale_words_ptrs + step // units_per_group * 16))
+            acc += tl.dot(_centred(codes, zeros[:, None], BITS, dtype), x) * scales[:, None]
+        else:
+            group = (step * units + tl.arange(0, units)) // units_per_group
+            scales, zeros = _scales_and_zeros(tl.load(scale_words_ptrs[:, None] + group[None, :] * 16))
+            codes = codes.reshape(TILES * 16, units, UNIT)
+            numbers = _centred(codes, zeros[:, :, None], BITS, tl.float32) * scales[:, :, None]
+            acc += tl.dot(numbers.reshape(TILES * 16, STEPS * 64).to(dtype), x)
 
     outputs = (first + place // 8) * TILE + half * 8 + place % 8
     inside = outputs < out_features
@@ -129,18 +140,24 @@ def _few_rows_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (rows < m)[None, :])
 
 
+def _unit(weight: DecodeWeight) -> int:
+    """Inputs that have a scale in common: those of a step, or half of them where groups are of 32."""
+    return STEP if weight.group_size % STEP == 0 else LEAST_GROUP
+
+
 def dequantize(weight: DecodeWeight, dtype: torch.dtype) -> Tensor:
     """The weight that it stands for: (out, in) in `dtype`, on a GPU."""
-    steps = weight.in_features // STEP
+    steps, unit = weight.in_features // STEP, _unit(weight)
     out = torch.empty((weight.out_features, weight.in_features), dtype=dtype, device=weight.words.device)
     launch(
         _dequantize_kernel,
         (cdiv(weight.out_features, TILE), cdiv(steps, BLOCK_STEPS)),
         *(weight.words, weight.scale_words, out),
-        *(weight.out_features, steps, weight.in_features // weight.group_size, weight.group_size // STEP),
+        *(weight.out_features, steps, weight.in_features // weight.group_size, weight.group_size // unit),
         num_warps=4,
         BITS=weight.bits,
         STEPS=BLOCK_STEPS,
+        UNIT=unit,
         TILE=TILE,
     )
     return out
@@ -155,18 +172,20 @@ def few_rows_linear(x: Tensor, weight: DecodeWeight, bias: Tensor | None = None)
     if m > MAX_ROWS:
         raise ValueError(f"few_rows_linear: {m} rows, at most {MAX_ROWS}")
     out = torch.empty((*x.shape[:-1], weight.out_features), dtype=x.dtype, device=x.device)
-    steps, steps_per_group = weight.in_features // STEP, weight.group_size // STEP
+    steps, unit = weight.in_features // STEP, _unit(weight)
+    whole = weight.group_size % (INNER_STEPS * STEP) == 0 or weight.group_size == weight.in_features
     launch(
         _few_rows_kernel,
         (cdiv(cdiv(weight.out_features, TILE), BLOCK_TILES) if m else 0,),
         *(rows, weight.words, weight.scale_words, bias, out),
-        *(m, weight.out_features, steps, weight.in_features // weight.group_size, steps_per_group),
+        *(m, weight.out_features, steps, weight.in_features // weight.group_size, weight.group_size // unit),
         rows.stride(0),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
         BITS=weight.bits,
         TILES=BLOCK_TILES,
-        STEPS=INNER_STEPS if steps_per_group % INNER_STEPS == 0 or steps_per_group == steps else 1,  # of one scale
+        STEPS=INNER_STEPS if whole and unit == STEP else 1,  # of one scale
+        UNIT=unit,
         ROWS=max(next_power_of_2(m), 16),
         TILE=TILE,
     )

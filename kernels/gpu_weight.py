@@ -8,7 +8,7 @@ from torch import Tensor
 from . import cubins
 from .dequantize import dequantize, few_rows_linear
 from .dispatch import Target, target_of
-from .int4_decode import MAX_ROWS, DecodeWeight, choose_variant, int4_decode
+from .int4_decode import MAX_ROWS, STEP, DecodeWeight, choose_variant, int4_decode
 from .int8_gemm import ALIGNMENT, int8_gemm
 from .linear import linear, linear_gelu
 from .packed_weight import PackedWeight
@@ -152,7 +152,8 @@ class WeightOnly(PackedWeight):
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
         """For as long as a product takes."""
-        if dtype in SIXTEEN_BITS and cubins.available(self._weight.words.device):
+        in_cuda = dtype in SIXTEEN_BITS and self._weight.group_size % STEP == 0
+        if in_cuda and cubins.available(self._weight.words.device):
             return self._weight.matrix(dtype)
         return dequantize(self._weight, dtype)
 

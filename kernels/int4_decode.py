@@ -16,6 +16,7 @@ from .cubins import CudaKernel
 
 MAX_ROWS = 32
 STEP = 64  # inputs that a warp multiplies at a time
+LEAST_GROUP = 32  # inputs of a scale; groups that end within a step are for Triton (dequantize.py)
 TILE = 16  # outputs of a fragment
 FRAGMENT = 512  # bytes: 16 a lane
 PADDED_TO = 32  # outputs
@@ -71,7 +72,7 @@ class DecodeWeight:
     """A weight laid out for `int4_decode`, on the device of its codes.
 
     codes: (out, in), uint8 of 0..15, or int8; scales: (out, groups) float; zeros: (out, groups) integers of 0..127,
-    or None for 8; for int8 there are no zeros and one group. Group and in are multiples of 64.
+    or None for 8; for int8 there are no zeros and one group. in is a multiple of 64, a group of 32.
 
     words: (tiles of 16 outputs, steps of 64 inputs, loads, 32 lanes, 16) bytes. With lane = 4 g + t, byte pair p, and
     input 16 t + 4 k + 2 b + i of a step: 4 bits, one load: output g + 8 h in nibble 8 k + 4 i + 2 b + h. 8 bits, two
@@ -100,7 +101,7 @@ class DecodeWeight:
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """`dequantize` rounded to bf16 or fp16, by a kernel where there is one: for products with many rows."""
-        if dtype not in DTYPES or not cubins.available(self.words.device):
+        if dtype not in DTYPES or self.group_size % STEP or not cubins.available(self.words.device):
             return self.dequantize().to(dtype)
         matrix = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.words.device)
         kernel = _dequantize_kernel(self.bits, dtype)
@@ -126,7 +127,7 @@ def kernels() -> list[CudaKernel]:
 
 def supports(in_features: int, group_size: int) -> bool:
     """Whether a weight of that shape can be laid out as a `DecodeWeight`."""
-    return in_features % STEP == 0 and group_size % STEP == 0
+    return in_features % STEP == 0 and group_size % LEAST_GROUP == 0
 
 
 def int4_decode(
@@ -207,7 +208,9 @@ def _check(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> No
     if scales.dim() != 2 or len(scales) != outputs or inputs % scales.shape[1]:
         raise ValueError(f"scales {tuple(scales.shape)} do not fit codes {tuple(codes.shape)}")
     if not supports(inputs, inputs // scales.shape[1]):
-        raise ValueError(f"{inputs} inputs in groups of {inputs // scales.shape[1]}: both must be multiples of {STEP}")
+        raise ValueError(
+            f"{inputs} inputs in groups of {inputs // scales.shape[1]}: must be multiples of {STEP} and {LEAST_GROUP}"
+        )
     if bits == 8 and (zeros is not None or scales.shape[1] != 1):
         raise ValueError("a weight of 8 bits has one scale an output and no zeros")
     if zeros is not None and (zeros.shape != scales.shape or zeros.is_floating_point()):

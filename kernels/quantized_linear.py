@@ -10,7 +10,7 @@ from torch import Tensor
 from .cpu_weight import CpuFp8Weight, CpuWeight, linear_reference
 from .dispatch import target_of
 from .gpu_weight import ScaledWeight, WeightOnly
-from .int4_decode import STEP, supports
+from .int4_decode import LEAST_GROUP, STEP, supports
 from .packed_weight import PackedWeight
 from .quantize import check_codes
 
@@ -75,7 +75,8 @@ def _check(codes: Tensor, scales: Tensor, dtype: torch.dtype, operation: str) ->
 def _check_fragments(codes: Tensor, groups: int) -> None:
     inputs = codes.shape[1]
     if not supports(inputs, inputs // groups):
-        raise ValueError(f"on a GPU inputs and groups must be multiples of {STEP}, not {inputs} and {inputs // groups}")
+        sizes = f"{inputs} and {inputs // groups}"
+        raise ValueError(f"on a GPU inputs must be multiples of {STEP} and groups of {LEAST_GROUP}, not {sizes}")
 
 
 def _check_groups(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> None:

@@ -167,7 +167,7 @@ def record_launches(
     """Every launch of the model on that GPU, each once, in the order of a request.
 
     tuned: with the choices of the user's own table for that GPU, if there is one. quantization: of a chat model, int8
-    for the vision half both with and without scales known beforehand. cache_dtype: of its keys and values.
+    and fp8 for the vision half both with and without scales known beforehand. cache_dtype: of its keys and values.
     """
     quantization = quantization or QuantizationConfig()
     launches: list[Launch] = []
@@ -196,7 +196,7 @@ def _quantize(model: nn.Module, quantization: QuantizationConfig, *, calibrated:
             zeros = None if quantization.symmetric else scales.to(torch.uint8)
         elif method == "fp8":
             codes = codes.to(torch.float8_e4m3fn)
-        elif method == "int8" and calibrated and name.endswith("mlp.fc2"):
+        if method in ("int8", "fp8") and calibrated and name.endswith("mlp.fc2"):
             input_scales = torch.empty(in_features)
         weight = WEIGHTS[method](codes, scales, zeros, input_scales=input_scales)
         replace_weight(layers[name], weight)
@@ -209,7 +209,7 @@ def _chat_vision(config: InternVLConfig, dtype: torch.dtype, quantization: Quant
     vision = replace(config.vision, num_hidden_layers=skipped + NUM_LAYERS)
     # Of the language half only its width matters, which is the projector's.
     llm = replace(config.llm, num_hidden_layers=1, intermediate_size=1, vocab_size=1)
-    for calibrated in (False, True) if quantization.vision == "int8" else (False,):
+    for calibrated in (False, True) if quantization.vision in ("int8", "fp8") else (False,):
         model = InternVLModel(replace(config, vision=vision, llm=llm)).to(dtype)
         _quantize(model, replace(quantization, llm=None, overrides={}), calibrated=calibrated)
         for count in TILE_COUNTS:

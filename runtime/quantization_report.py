@@ -47,14 +47,15 @@ def render(report: Mapping[str, Any]) -> str:
         "## Layer by layer",
         "",
         "Error of a layer's output on calibration inputs, RMS over RMS: of weights rounded to nearest, and as written.",
-        "alpha: share of the inputs' magnitude moved into the weight. Block: its output, errors before included.",
+        "alpha: share of the inputs' magnitude moved into the weight; static: inputs have scales known beforehand.",
+        "Block: its output, errors before included.",
         "",
         "| layer | method | alpha | to nearest | as written | block |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for block in report["blocks"]:
         for index, layer in enumerate(block["layers"]):
-            alpha = "" if layer["alpha"] is None else f"{layer['alpha']:g}"
+            alpha = "" if layer["alpha"] is None else f"{layer['alpha']:g}{' static' if layer['static'] else ''}"
             whole = f"{block['output_error']:.4f}" if index == len(block["layers"]) - 1 else ""
             lines.append(
                 f"| {block['part']}.{layer['layer']} | {layer['method']} | {alpha} | {layer['plain_error']:.4f} "

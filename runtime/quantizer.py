@@ -325,7 +325,13 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         count = f"{len(self.set.prompts)} prompts with images"
-        note = {**self.config.to_json(), "calibration": count}
+        static = [
+            f"{entry['part']}.{layer['layer']}"
+            for entry in self.output.done
+            for layer in entry.get("layers", ())
+            if layer["static"]
+        ]
+        note = {**self.config.to_json(), "static_inputs": static, "calibration": count}
         self.output.write_index({**self.raw_config, "quantization_config": note})
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED:

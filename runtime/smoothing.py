@@ -4,7 +4,10 @@ x W^T = (x / s) (W s)^T, and what makes x (a norm, the rows of values, the rows 
 W8A8 this takes the magnitude out of channels that stick out of their row (SmoothQuant, arXiv:2211.10438); in W4A16 it
 gives columns that large inputs meet a finer grid (AWQ, arXiv:2306.00978). How far to go, the exponent alpha, is
 searched per layer: what gives the smallest error of the layer's own output on rows of its calibration inputs; not to
-scale at all is among the candidates. What follows GELU cannot be folded and stays as it is.
+scale at all is among the candidates.
+
+What follows GELU cannot be folded. It may instead be rounded with scales known beforehand, which the columns take up,
+so that the kernel that computes GELU writes codes: see `search_static`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.quantize import quantize_rows_reference
+from ..kernels.quantize import LARGEST, quantize_columns_reference, quantize_rows_reference
 from .calibration import InputStatistics
 from .models.decoder import Layer
 from .models.intern_vit import Block
@@ -28,6 +31,10 @@ ALPHAS = {
 }
 CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a group's range that int4 may keep instead of all of it
 ROWS_DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of the methods that round activations
+# Of scales known beforehand: 0 is one for all channels, towards 1 each follows its own channel, and an image in which a
+# channel holds more than in any of the calibration's would be cut off sooner.
+STATIC_ALPHAS = (0.0, 0.25, 0.5, 0.75)
+HEADROOM = {torch.int8: 1.0, torch.float8_e4m3fn: 2.0}  # above what was seen; floating point loses nothing by it
 CHUNK = 4096  # outputs of a weight that are tried at a time
 
 
@@ -117,6 +124,30 @@ def search(fold: Fold, weight: Tensor, statistics: InputStatistics, method: str,
     return Found(candidates[best], best)
 
 
+@dataclass(frozen=True)
+class FoundStatic:
+    """The best scales known beforehand, of the inputs of a layer; error: of its output, as `output_error` has it."""
+
+    scales: Tensor
+    alpha: float
+    error: float
+
+
+def search_static(weight: Tensor, statistics: InputStatistics, method: str, quantise: Quantise) -> FoundStatic:
+    """Try all exponents of scales that let no input of the calibration be cut off. weight: (out, in) fp32.
+
+    quantise: rounds a weight whose columns were multiplied by the scales.
+    """
+    dtype = ROWS_DTYPE[method]
+    peak = statistics.largest.max()
+    shares = (statistics.largest / peak).clamp(min=1e-3)  # a channel that was silent may speak up
+    candidates = [shares**alpha * (peak * HEADROOM[dtype] / LARGEST[dtype]) for alpha in STATIC_ALPHAS]
+    x = statistics.sample.float()
+    errors = _output_errors(x, weight, quantise, method, candidates, static=True)
+    error, alpha, scales = min(zip(errors, STATIC_ALPHAS, candidates, strict=True), key=lambda found: found[0])
+    return FoundStatic(scales, alpha, error)
+
+
 def _tamed(scales: Tensor) -> Tensor:
     """Around 1, and 1 for channels that are silent or have no weight."""
     usable = scales.isfinite() & (scales > 0)
@@ -149,10 +180,17 @@ def _output_errors(
     method: str,
     candidates: Sequence[Tensor | None],
     reference: Tensor | None = None,
+    static: bool = False,
 ) -> list[float]:
-    """`output_error` for each of several scales; the true output is computed once."""
+    """`output_error` for each of several scales; the true output is computed once.
+
+    static: the scales are those of the codes, and rows have none of their own.
+    """
     inputs = []
     for scales in candidates:
+        if static and scales is not None:
+            inputs.append(quantize_columns_reference(x, scales, ROWS_DTYPE[method]).dequantize())
+            continue
         scaled = x if scales is None else x / scales
         inputs.append(
             quantize_rows_reference(scaled, ROWS_DTYPE[method]).dequantize() if method in ROWS_DTYPE else scaled

@@ -30,7 +30,7 @@ class Linear(nn.Module):
 class LinearGelu(nn.Module):
     """GELU(x W^T + b), erf form. weight: (out, in).
 
-    next_scales: those of the inputs of the layer behind, where that one takes int8 rows of scales known beforehand.
+    next_scales: those of the inputs of the layer behind, where that one takes rows of scales known beforehand.
     """
 
     weight: nn.Parameter | QuantizedWeight

@@ -14,6 +14,8 @@ VISION_METHODS = tuple(method for method in METHODS if method not in ("int4", "n
 LANGUAGE = ("language_model.layers.", "qllama.layers.")
 VISION = ("vision_model.encoder.layers.",)
 VERSION = 1  # of the layout of our checkpoints
+# Of a checkpoint beside its config: the layers whose inputs have scales known beforehand, and a word for people.
+NOTES = ("static_inputs", "calibration")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ class QuantizationConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "QuantizationConfig":
-        """The inverse of `to_json`. "calibration", a note for people, is not read."""
+        """The inverse of `to_json`. What else a checkpoint says, NOTES, is not read."""
         version = values.get("version")
         if version != VERSION:
             raise ConfigError(f"quantization_config: version {version!r} is not known; known: {VERSION}")
         known = {entry.name for entry in fields(cls)}
-        given = {key: value for key, value in values.items() if key not in ("quant_method", "version", "calibration")}
+        given = {key: value for key, value in values.items() if key not in ("quant_method", "version", *NOTES)}
         if not set(given) <= known:
             raise ConfigError(f"quantization_config: unknown entries {sorted(set(given) - known)}")
         return cls(**given)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...kernels.int4_decode import STEP, supports
+from ...kernels.int4_decode import LEAST_GROUP, STEP, supports
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from . import bitsandbytes
 from .bitsandbytes import BnbInt8Weight, Nf4Weight, round_nf4
@@ -60,8 +60,8 @@ def check_inputs(method: str, in_features: int, group_size: int, name: str, devi
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu and method in ("int4", "int8-weight") and not supports(in_features, size if size > 1 else in_features):
         raise UnsupportedError(
-            f"{name}: {method} on a GPU needs inputs and groups in multiples of {STEP}; it has {in_features} inputs"
-            + (f" in groups of {size}" if method == "int4" else "")
+            f"{name}: {method} on a GPU needs inputs in multiples of {STEP} and groups of {LEAST_GROUP}; "
+            f"it has {in_features} inputs" + (f" in groups of {size}" if method == "int4" else "")
         )
 
 

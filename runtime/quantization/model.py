@@ -89,9 +89,11 @@ def connect(model: nn.Module) -> None:
             norm, weight = _child(module, name), _weight(module, path)
             if isinstance(norm, RMSNorm | LayerNorm):
                 norm.rows_dtype = None if weight is None or weight.input_scales is not None else weight.rows_dtype
-        fc1, weight = _child(module, "fc1"), _weight(module, "fc2")
+        fc1, first, second = _child(module, "fc1"), _weight(module, "fc1"), _weight(module, "fc2")
         if isinstance(fc1, LinearGelu):
-            fc1.next_scales = weight.input_scales if weight is not None and weight.rows_dtype == torch.int8 else None
+            # The codes that fc1 can round to are those that it is made of.
+            alike = first is not None and second is not None and first.rows_dtype == second.rows_dtype is not None
+            fc1.next_scales = second.input_scales if second is not None and alike else None
 
 
 def _child(module: nn.Module, path: str) -> object:

@@ -93,7 +93,7 @@ class QuantizedWeight(nn.Module, ABC):
     def linear_gelu(
         self, x: Tensor | QuantizedRows, bias: Tensor, next_scales: Tensor | None = None
     ) -> Tensor | QuantizedRows:
-        """GELU(x W^T + b), erf form; rows of int8 for the weight whose `input_scales` are given."""
+        """GELU(x W^T + b), erf form; rows without scales for the weight whose `input_scales` are given."""
         if self._packed is not None:
             return self._packed.linear_gelu(self._divided(x), bias, next_scales)
         return F.gelu(self.linear(x, bias))

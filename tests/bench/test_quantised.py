@@ -8,6 +8,7 @@ import torch
 from vitrail.bench import quantised
 from vitrail.bench.harness import Timing
 from vitrail.bench.models import INTERNVL2_5_1B, INTERNVL_CHAT_V1_5, language_only, random_model, vision_only
+from vitrail.bench.onnx_peer import PACKAGES, OnnxPeer
 from vitrail.kernels import dispatch
 
 BOTH = pytest.mark.parametrize("target", [dispatch.A100, dispatch.H200], ids=lambda target: target.arch)
@@ -33,6 +34,7 @@ def tiny():
 def test_all_runtimes_on_a_cpu_run_one_model_and_are_measured(tiny, monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(quantised, "INTERNVL2_5_1B", tiny)
     monkeypatch.setattr(quantised, "language_only", lambda config: config)
+    monkeypatch.setattr(quantised, "PACKAGES", ("no_such_package",))  # its export takes long, and has a test of its own
     monkeypatch.setattr(quantised, "CPU_MARKS", {"vitrail int8": 0.0, "vitrail int4": 1e9})
     assert quantised.main(["--device", "cpu", "--context", "20", "--repeats", "1", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr()
@@ -45,6 +47,8 @@ def test_all_runtimes_on_a_cpu_run_one_model_and_are_measured(tiny, monkeypatch,
         "transformers bf16",
     ):
         assert said.out.count(name) >= 2
+    assert "onnxruntime int8" not in said.out
+    assert "onnxruntime (no_such_package)" in (tmp_path / "quantised.json").read_text()
     assert "vitrail int4: decode is" in said.err
     assert "int8: decode" not in said.err
 
@@ -56,6 +60,19 @@ def test_a_runtime_of_another_model_is_found(tiny) -> None:
     quantised.check_alike(alike)
     with pytest.raises(RuntimeError, match="far runs another model"):
         quantised.check_alike({**alike, "far": lambda: logits.roll(1)})
+
+
+@torch.inference_mode()
+def test_onnxruntime_runs_the_prompt_and_one_more_token(tiny, tmp_path) -> None:
+    for package in PACKAGES:
+        pytest.importorskip(package)
+    config = replace(tiny, llm=replace(tiny.llm, num_hidden_layers=1))
+    model, tokens = random_model(config, torch.float32), torch.arange(19) % 7
+    onnx = OnnxPeer(quantised.transformers_model(model, image_token_id=0), tokens, tmp_path)
+    sequence = quantised.Sequence1(model.language_model, 19)
+    for ours, theirs in ((sequence.prefill(tokens), onnx.prefill()), (sequence.decode(tokens[:1]), onnx.decode())):
+        assert torch.cosine_similarity(ours, theirs).item() > 0.99
+    assert not list(tmp_path.rglob("plain*"))
 
 
 @torch.inference_mode()
@@ -100,6 +117,22 @@ def test_the_quantised_vision_case_launches_its_kernels(target, method) -> None:
         tiles = torch.empty(7, 448, 448, 3, dtype=torch.uint8, device="meta")
         assert quantised.vision_case(model, tiles)().shape == (7, 256, 6144)
     assert len(launches) > 2 * 4
+
+
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+@torch.inference_mode()
+def test_the_vision_half_is_rounded_with_scales_of_what_was_seen(tiny, method) -> None:
+    vision = replace(tiny.vision, num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128)
+    config = replace(tiny, vision=replace(vision, image_size=56), tile_size=56)
+    tiles = torch.randint(0, 256, (2, 56, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model, plain = random_model(config, torch.float32), random_model(config, torch.float32)
+    quantised.quantize_vision(model, method, tiles)
+    for block in model.vision_model.encoder.layers:
+        scales = block.mlp.fc2.weight.input_scales
+        assert scales.unique().numel() == 1
+        assert (block.mlp.fc1.next_scales is scales) == (method == "fp8")  # int8 of a CPU rounds its inputs itself
+    both = [each.encode_tiles(tiles).flatten(0, 1) for each in (model, plain)]
+    assert torch.cosine_similarity(*both, dim=-1).min() > 0.99
 
 
 @BOTH

@@ -29,7 +29,9 @@ def weight(
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(("bits", "zeros"), [(4, False), (4, True), (8, False)])
-@pytest.mark.parametrize(("out", "width", "group"), [(1, 64, 64), (37, 448, 64), (16, 1152, 128), (48, 320, 320)])
+@pytest.mark.parametrize(
+    ("out", "width", "group"), [(1, 64, 64), (37, 448, 64), (16, 1152, 128), (48, 320, 320), (37, 448, 32)]
+)
 def test_the_matrix_is_that_of_the_codes(any_device, out, width, group, bits, zeros, dtype) -> None:
     packed = weight(bits, out, width, group, zeros=zeros, device=any_device)
     result = dequantize(packed, dtype)
@@ -50,16 +52,19 @@ def check(packed: DecodeWeight, x: Tensor, bias: Tensor | None) -> None:
     steps=st.integers(1, 5),
     bits=st.sampled_from([4, 8]),
     zeros=st.booleans(),
-    grouped=st.booleans(),
+    groups=st.sampled_from([32, 64, 128, None]),
     dtype=st.sampled_from(HALF),
 )
-@example(rows=32, out=129, steps=4, bits=4, zeros=True, grouped=True, dtype=torch.bfloat16)
-@example(rows=1, out=1, steps=1, bits=8, zeros=False, grouped=False, dtype=torch.float16)
+@example(rows=32, out=129, steps=4, bits=4, zeros=True, groups=128, dtype=torch.bfloat16)
+@example(rows=1, out=1, steps=1, bits=8, zeros=False, groups=None, dtype=torch.float16)
+@example(rows=3, out=70, steps=3, bits=4, zeros=True, groups=32, dtype=torch.bfloat16)
+@example(rows=3, out=70, steps=3, bits=4, zeros=False, groups=96, dtype=torch.float16)
 def test_few_rows_are_multiplied_by_what_the_codes_stand_for(
-    interpreted, rows, out, steps, bits, zeros, grouped, dtype
+    interpreted, rows, out, steps, bits, zeros, groups, dtype
 ) -> None:
     width = 64 * steps
-    packed = weight(bits, out, width, (128 if steps % 2 == 0 else 64) if grouped else width, zeros=zeros)
+    group = groups if groups is not None and width % groups == 0 else width
+    packed = weight(bits, out, width, group, zeros=zeros)
     with interpreted():
         check(packed, random(rows, width, seed=3).to(dtype), random(out, seed=4).to(dtype) if zeros else None)
 

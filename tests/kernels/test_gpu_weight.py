@@ -140,9 +140,9 @@ def test_launches_are_recorded_without_memory() -> None:
 
 def test_sizes_and_devices_that_do_not_fit_are_refused(any_device) -> None:
     nibbles, scales = torch.zeros(8, 96, dtype=torch.uint8, device=any_device), torch.ones(8, 3, device=any_device)
-    with pytest.raises(ValueError, match="multiples of 64, not 96 and 32"):
+    with pytest.raises(ValueError, match="inputs must be multiples of 64 and groups of 32, not 96 and 32"):
         pack_int4(nibbles, scales)
-    with pytest.raises(ValueError, match="multiples of 64, not 96 and 96"):
+    with pytest.raises(ValueError, match="groups of 32, not 96 and 96"):
         pack_int8(nibbles.to(INT8), scales[:, 0], weight_only=True)
     with pytest.raises(ValueError, match=r"scales \(8, 3\) do not fit a weight \(8, 96\)"):
         pack_int8(nibbles.to(INT8), scales)

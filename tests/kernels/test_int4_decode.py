@@ -293,7 +293,7 @@ CODES = drawn(0, 16, 8, 128)
         (linear(1, bias=torch.zeros(8), gated=True), "8 outputs with a bias cannot be gated"),
         (lambda: DecodeWeight(CODES + 1, torch.ones(8, 1)), "uint8 of 0..15 or int8, got torch.uint8 up to 16"),
         (lambda: DecodeWeight(CODES, torch.ones(8, 3)), r"scales \(8, 3\) do not fit codes \(8, 128\)"),
-        (lambda: DecodeWeight(CODES, torch.ones(8, 4)), "128 inputs in groups of 32: both must be multiples of 64"),
+        (lambda: DecodeWeight(CODES, torch.ones(8, 8)), "128 inputs in groups of 16: must be multiples of 64 and 32"),
         (lambda: DecodeWeight(CODES.to(torch.int8), torch.ones(8, 2)), "one scale an output and no zeros"),
         (lambda: DecodeWeight(CODES, torch.ones(8, 1), torch.ones(8, 1)), "zeros must be integers"),
         (lambda: DecodeWeight(CODES, torch.ones(8, 1), torch.full((8, 1), 128)), r"0..127, they reach from 128 to 128"),

@@ -1,5 +1,6 @@
 """`quantize_checkpoint`: what it writes, what it reports, and what happens when it cannot."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from vitrail.runtime import block_quantizer, part_loader, quantizer
+from vitrail.kernels.quantize import QuantizedRows
+from vitrail.runtime import block_quantizer, checkpoint_folder, part_loader, quantizer
 from vitrail.runtime.comparison import compare
 from vitrail.runtime.config import load_config
 from vitrail.runtime.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
 from vitrail.runtime.quantization.config import QuantizationConfig
+from vitrail.runtime.quantization.int8 import Int8Weight
 from vitrail.runtime.quantization.methods import quantize_weight
 from vitrail.runtime.quantization.weight import QuantizedWeight
 from vitrail.runtime.quantizer import Options, quantize_checkpoint
@@ -50,6 +54,14 @@ def source(sentencepiece_folder):
 @pytest.fixture(scope="module")
 def options(images):
     return Options(calibration=images, dtype="float32", device="cpu", answers=False, max_tiles=2)
+
+
+@pytest.fixture(scope="module")
+def calibrated(source, options, tmp_path_factory):
+    """A checkpoint whose vision half is int8, with scales known beforehand for every fc2."""
+    target = tmp_path_factory.mktemp("calibrated") / "q"
+    quantize_checkpoint(source, target, QuantizationConfig(None, "int8"), options)
+    return target
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -97,14 +109,90 @@ def test_the_result_loads_and_is_as_far_from_the_source_as_reported(
     assert len(per_block) == (3 if config.vision is None else 6)
     for layers in per_block.values():
         for layer in layers:
-            assert 0 < layer["error"] <= layer["plain_error"] * 1.05
+            assert 0 < layer["error"] <= layer["plain_error"] * (2 if layer["static"] else 1.05)
+    static = [f"{part}.{row['layer']}" for part, layers in per_block.items() for row in layers if row["static"]]
+    by_codes = config.vision in ("int8", "fp8")
+    assert static == [f"vision_model.encoder.layers.{index}.mlp.fc2" for index in range(3 if by_codes else 0)]
     written = json.loads((target / "config.json").read_text())
     assert QuantizationConfig.from_json(written["quantization_config"]) == config
+    assert written["quantization_config"]["static_inputs"] == static
+    assert (target / "report.md").read_text().count(" static |") == len(static)
     assert (target / "report.md").read_text().count(" | int") + (target / "report.md").read_text().count(
         " | fp8"
     ) == sum(map(len, per_block.values()))
     assert not (tmp_path / "quantised.partial").exists()
     assert {file.name for file in target.iterdir()} >= {"report.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_calibrated_scales_of_fc2_are_those_that_gelu_s_codes_have(
+    source, tmp_path, options, method, monkeypatch
+) -> None:
+    monkeypatch.setattr(Int8Weight, "rows_dtype", torch.int8)  # as on a GPU
+    quantize_checkpoint(source, tmp_path / "q", QuantizationConfig(None, method), options)
+    found = load_model(tmp_path / "q", load_config(source), dtype=torch.float32, device=CPU)
+    true = load_model(source, load_config(source), dtype=torch.float32, device=CPU)
+    tensors = load_file(tmp_path / "q/model-00002-of-00010.safetensors")
+    fc2 = "vision_model.encoder.layers.0.mlp.fc2.weight"
+    scales = tensors[f"{fc2}.input_scales"]
+    # A column stands multiplied by its scale, each output rounded on its own.
+    weight = tensors[f"{fc2}.codes"].float() * tensors[f"{fc2}.scales"][:, None] / scales
+    torch.testing.assert_close(weight, true.get_parameter(fc2), rtol=0.07, atol=0.02)
+    handed = found.vision_model.encoder.layers[0].mlp.fc1(torch.randn(9, 48))
+    assert isinstance(handed, QuantizedRows)
+    assert (handed.codes.dtype, handed.scales) == (torch.int8 if method == "int8" else torch.float8_e4m3fn, None)
+    tiles = torch.from_numpy(picture(84, 84, 2))[None]
+    both = [model.encode_tiles(tiles).flatten(0, 1) for model in (found, true)]
+    assert torch.cosine_similarity(*both, dim=-1).min() > (0.9995 if method == "int8" else 0.995)
+
+
+def test_scales_known_beforehand_are_for_layers_that_they_suit(source, tmp_path, options, monkeypatch) -> None:
+    keep = QuantizationConfig(None, "int8", overrides={r"layers\.1\.mlp\.fc1": None, r"layers\.2\.mlp\.fc1": "fp8"})
+    report = quantize_checkpoint(source, tmp_path / "a", keep, options)
+    layers = [
+        (block["part"][-1], row["layer"]) for block in report["blocks"] for row in block["layers"] if row["static"]
+    ]
+    assert layers == [("0", "mlp.fc2")]  # where fc1 makes codes of the same kind
+    monkeypatch.setattr(block_quantizer, "STATIC_MAY_COST", 0.5)
+    report = quantize_checkpoint(source, tmp_path / "b", QuantizationConfig(None, "int8"), options)
+    assert not any(row["static"] for block in report["blocks"] for row in block["layers"])
+    assert loads(tmp_path / "a") and loads(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("static", "change", "complaint"),
+    [
+        ([0, 1, 2], None, r"1 tensors missing: vision_model\.encoder\.layers\.1\.mlp\.fc2\.weight\.input_scales"),
+        ([0, 2], torch.ones_like, r"1 tensors unexpected: .*layers\.1\.mlp\.fc2\.weight\.input_scales"),
+        ([0, 1, 2], torch.zeros_like, r"layers\.1\.mlp\.fc2\.weight\.input_scales: holds scales that are not positive"),
+        ([0, 1, 2], lambda scales: scales * torch.inf, "holds scales that are not finite"),
+        ([0, 1, 2], lambda scales: scales[1:], r"has shape \(79,\), the config says \(80,\)"),
+        ("all", torch.clone, "`static_inputs` must be a list of strings, found 'all'"),
+    ],
+    ids=["missing", "not listed", "zero", "infinite", "short", "no list"],
+)
+def test_scales_that_contradict_the_config_are_refused(calibrated, tmp_path, static, change, complaint) -> None:
+    target = tmp_path / "q"
+    shutil.copytree(calibrated, target)
+    config = json.loads((target / "config.json").read_text())
+    names = [f"vision_model.encoder.layers.{index}.mlp.fc2" for index in static] if static != "all" else static
+    config["quantization_config"]["static_inputs"] = names
+    (target / "config.json").write_text(json.dumps(config))
+    shard, name = (
+        target / "model-00003-of-00010.safetensors",
+        "vision_model.encoder.layers.1.mlp.fc2.weight.input_scales",
+    )
+    tensors = load_file(shard)
+    scales = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(scales)
+    else:
+        index = json.loads((target / "model.safetensors.index.json").read_text())
+        del index["weight_map"][name]
+        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors, shard)
+    with pytest.raises(VitrailError, match=complaint):
+        load_model(target, load_config(target), dtype=torch.float32, device=CPU)
 
 
 def test_without_folding_and_clipping_weights_are_those_rounded_to_nearest(
@@ -311,6 +399,34 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_loads(source, tmp_path, op
     assert not list((tmp_path / "q.partial").rglob("*.fresh"))
     quantize_checkpoint(source, tmp_path / "q", INT8, options)  # with room again it goes on
     assert loads(tmp_path / "q")
+
+
+@pytest.mark.parametrize("room", [3, 14])  # files, of a shard and what comes behind it for each block
+def test_a_disk_that_fills_up_in_the_middle_costs_no_finished_block(
+    source, tmp_path, options, calibrated, monkeypatch, room
+) -> None:
+    config, save, saved = QuantizationConfig(None, "int8"), checkpoint_folder.save_file, []
+
+    def full(tensors, path, **more):
+        saved.append(path.name)
+        if len(saved) > room:
+            path.write_bytes(b"half of a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "save_file", full)
+        with pytest.raises(InvalidRequestError, match=r"cannot be written \(No space left on device\)"):
+            quantize_checkpoint(source, tmp_path / "q", config, options)
+    assert not (tmp_path / "q").exists()
+    assert not loads(tmp_path / "q.partial")
+    assert not list((tmp_path / "q.partial").rglob("*.fresh"))
+    begun = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "q.partial").glob("*.safetensors")}
+    assert len(begun) == (room + 1) // 2
+    quantize_checkpoint(source, tmp_path / "q", config, options)  # with room again it goes on
+    for name in sorted(begun)[: room // 2]:
+        assert (tmp_path / "q" / name).stat().st_mtime_ns == begun[name]
+    assert digests(tmp_path / "q") == digests(calibrated)
 
 
 @pytest.mark.parametrize(("value", "complaint"), [(0.0, "zero on all"), (float("nan"), "not finite")])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from vitrail.kernels.quantize import LARGEST, quantize_columns_reference
 from vitrail.runtime.calibration import InputStatistics
 from vitrail.runtime.layers.rotary import inverse_frequencies
 from vitrail.runtime.quantization.methods import quantize_weight
-from vitrail.runtime.smoothing import Fold, clipped, folds_of, output_error, search
+from vitrail.runtime.smoothing import HEADROOM, Fold, clipped, folds_of, output_error, search, search_static
 
 from ..random_checkpoints import ARCHITECTURES, INTERNVIT_300M, build, chat_config, random_tiles, random_weights
 
@@ -112,6 +113,27 @@ def test_int4_gives_a_finer_grid_to_what_large_inputs_meet() -> None:
     plain = output_error(x, weight, quantise, "int4")
     assert found.alpha is not None
     assert output_error(x, weight, quantise, "int4", found.scales) < 0.7 * plain
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_scales_known_beforehand_cut_nothing_off_and_follow_channels_where_that_helps(method, dtype) -> None:
+    x, weight, statistics, quantise = with_outliers(300.0, method)
+    found = search_static(weight, statistics, method, quantise)
+    codes = quantize_columns_reference(x, found.scales, dtype).codes.float().abs()
+    largest = LARGEST[dtype] / HEADROOM[dtype]
+    assert codes.max() == pytest.approx(largest, rel=0.07)
+    assert (x / found.scales).abs().max() <= largest * 1.0001
+    exact = x @ weight.T
+    rounded = quantise(weight * found.scales).dequantize()
+    near = quantize_columns_reference(x, found.scales, dtype).dequantize() @ rounded.T
+    assert found.error == pytest.approx(float((near - exact).norm() / exact.norm()), rel=1e-3)
+    assert found.error < 0.05
+    if method == "int8":  # one scale for all would leave nothing of the other channels; e4m3 has an exponent for each
+        assert found.alpha > 0
+        assert output_error(x, weight, quantise, method) > 0.3
+    x[:, 5] = 0
+    statistics.largest[5] = 0
+    assert (search_static(weight, statistics, method, quantise).scales > 0).all()
 
 
 def test_where_nothing_is_rounded_there_is_no_scale() -> None:

@@ -6,7 +6,7 @@
                            int4: uint8 (out, in / 2), the even input in the low half; nf4: likewise, in the high half
     x.weight.scales        float32 (out,); int4: (out, in / group_size); nf4: (out, in / 64)
     x.weight.zeros         int4 that is not symmetric: uint8 (out, in / group_size)
-    x.weight.input_scales  where inputs are divided by something first: float32 (in,)
+    x.weight.input_scales  of layers that "static_inputs" lists, whose inputs are divided by them: float32 (in,)
     x.weight.order         where columns are not in the order of the inputs: int64 (in,)
 
 and the weight is scales * codes, for int4 scales * (q - zeros) with zeros 8 by default, for nf4 scales * NF4[q]; its
@@ -24,7 +24,7 @@ from ..bitsandbytes import BLOCK
 from ..config import QuantizationConfig
 from ..methods import WEIGHTS, check_inputs
 from ..weight import QuantizedWeight
-from .base import Format, Part, scales_of
+from .base import Entries, Format, Part, scales_of
 
 _CODES = {
     "int8": torch.int8,
@@ -44,6 +44,7 @@ class VitrailFormat(Format):
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.config = QuantizationConfig.from_json(values)
+        self.static_inputs = frozenset(Entries(values).names("static_inputs"))
 
     def expects(self, layer: str, module: str) -> bool:
         return self.config.method_of(module) is not None
@@ -63,9 +64,10 @@ class VitrailFormat(Format):
         parts = {
             ".weight.codes": Part((codes,), (_CODES[method],)),
             ".weight.scales": Part((scales,), (torch.float32,)),
-            ".weight.input_scales": Part(((columns,),), (torch.float32,), optional=True),
             ".weight.order": Part(((columns,),), (torch.int64,), optional=True),
         }
+        if module in self.static_inputs:  # without them the weight would be another, and nobody the wiser
+            parts[".weight.input_scales"] = Part(((columns,),), (torch.float32,))
         if method == "int4":
             parts[".weight.zeros"] = Part((scales,), (torch.uint8,), optional=self.config.symmetric)
         return parts
@@ -74,6 +76,8 @@ class VitrailFormat(Format):
         values = {part.removeprefix(".weight."): tensor for part, tensor in tensors.items()}
         for part in values.keys() & {"scales", "input_scales"}:
             scales_of(f"{layer}.weight.{part}", values[part])
+        if "input_scales" in values and not (values["input_scales"] > 0).all():
+            raise CheckpointError(f"{layer}.weight.input_scales: holds scales that are not positive")
         return WEIGHTS[method](**values)
 
     def describe(self) -> str:

@@ -254,12 +254,12 @@ def test_fp8_is_refused_by_gpus_without_it(
 
 def test_groups_that_a_gpu_cannot_run_are_refused() -> None:
     cuda = torch.device("cuda")
-    methods.check_inputs("int4", 256, 64, "mlp", cuda)
+    methods.check_inputs("int4", 256, 32, "mlp", cuda)
     methods.check_inputs("int8", 100, 128, "mlp", cuda)
     with pytest.raises(
-        UnsupportedError, match=r"mlp: int4 on a GPU .* multiples of 64; it has 256 inputs in groups of 32"
+        UnsupportedError, match=r"mlp: int4 on a GPU .* of 64 and groups of 32; it has 256 inputs in groups of 16"
     ):
-        methods.check_inputs("int4", 256, 32, "mlp", cuda)
+        methods.check_inputs("int4", 256, 16, "mlp", cuda)
     with pytest.raises(UnsupportedError, match=r"mlp: int8-weight on a GPU .*; it has 100 inputs$"):
         methods.check_inputs("int8-weight", 100, 128, "mlp", cuda)
 

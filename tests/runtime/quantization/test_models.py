@@ -254,6 +254,26 @@ def test_norms_hand_over_numbers_where_their_reader_does_not_take_rows() -> None
     assert [norm.rows_dtype for norm in norms_of(rounded(chat_config(), INT4))] == [None] * 4
 
 
+def test_fc1_hands_over_e4m3_of_the_scales_that_fc2_has_taken_up() -> None:
+    model = rounded(chat_config(), QuantizationConfig(vision="fp8"))
+    mlp = model.vision_model.encoder.layers[0].mlp
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    middle, weight = mlp.fc1(x), torch.randn(48, 80, generator=torch.Generator().manual_seed(1))
+    del mlp.fc2.weight
+    mlp.fc2.weight = quantize_weight(weight, "fp8", input_scales=middle.abs().amax(0) / 448)
+    mlp.fc2.weight.pack()
+    connect(model)
+    handed = mlp.fc1(x)
+    assert isinstance(handed, QuantizedRows)
+    assert handed.codes.dtype == torch.float8_e4m3fn
+    assert (handed.codes.float().abs().amax(0) == 448).all()
+    exact = torch.nn.functional.linear(middle, weight, mlp.fc2.bias)
+    assert (mlp(x) - exact).norm() < 0.06 * exact.norm()
+    mlp.fc1.weight = quantize_weight(torch.randn(80, 48), "int8")  # makes no e4m3
+    connect(model)
+    assert mlp.fc1.next_scales is None
+
+
 def test_fc1_hands_over_codes_of_the_scales_that_fc2_has_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model = rounded(chat_config(), INT4)
     mlp = model.vision_model.encoder.layers[0].mlp
@@ -319,7 +339,7 @@ def test_input_scales_and_order_are_stored_with_a_weight() -> None:
     scales = torch.rand(80) + 0.5
     wide = quantize_weight(random_weights(config)[f"{layer}.weight"], "int8", input_scales=scales)
     tensors |= {f"{layer}.weight.{part}": tensor for part, tensor in wide.named_buffers()}
-    stored = stored_format({"quantization_config": quantization.to_json()})
+    stored = stored_format({"quantization_config": quantization.to_json() | {"static_inputs": [layer]}})
     again = build_model(
         parse_config(config), tensors.items(), dtype=torch.float32, device=CPU, stored=stored, pack=False
     )
