@@ -5,6 +5,7 @@
 # make smoke    a sample of the slow tests
 # make kernels  every kernel compiled for both architectures and compared with its table; no GPU needed
 # make bench    the benchmarks of this machine and the tables made from them
+# make browser  Chromium for the test of the server's page, on Debian and as root
 # make install  the environment alone, with everything that development needs
 # make clean    removes build outputs and caches; `rm -rf .venv` removes the environment
 #
@@ -26,7 +27,7 @@ export PYTHONSAFEPATH := 1
 TRITON := 3.9.0
 VENV_3_6 := .venv-triton-3.6
 
-.PHONY: install demo test test-all smoke kernels kernels-3.6 lint format bench clean
+.PHONY: install demo test test-all smoke kernels kernels-3.6 lint format bench browser clean
 
 demo: $(VENV)/.base
 	$(BIN)/vitrail generate "What is the total?" --image examples/receipt.png
@@ -64,6 +65,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/throughput.py
 	$(BIN)/python bench/report.py
+
+browser:
+	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 
 clean:
 	rm -rf build dist *.egg-info .mypy .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -57,20 +57,21 @@ CASES = {
 RANDOM = {"1b": ("InternVL2-1B shape", INTERNVL2_5_1B), "v1.5": ("InternVL-Chat-V1.5 shape", INTERNVL_CHAT_V1_5)}
 
 
-def load(name: str, dtype_name: str, device: str) -> Runtime:
+def load(name: str, dtype_name: str, device: str, **options: Any) -> Runtime:
     """The Runtime of a case. Random models speak nano's tokens: only their number matters."""
     if name == "nano":
-        return Runtime.from_pretrained("nano", dtype=dtype_name, device=device)
+        return Runtime.from_pretrained("nano", dtype=dtype_name, device=device, **options)
     title, config = RANDOM[name]
     model = random_model(config, getattr(torch, dtype_name), device)
     # On a GPU memory is left for the other side's activations and cache.
     tokenizer = load_tokenizer(resolve_checkpoint("nano"))
-    return Runtime(model, tokenizer, name=title, gpu_memory_utilization=0.7)
+    return Runtime(model, tokenizer, name=title, gpu_memory_utilization=0.7, **options)
 
 
 def measure_case(case: Case, dtype_name: str, device: str, repeats: int | None) -> list[dict[str, Any]]:
     """One row a stage."""
-    runtime = load(case.name, dtype_name, device)
+    # The same picture is asked about again and again, and each time as if it were new.
+    runtime = load(case.name, dtype_name, device, enable_prefix_caching=False, vision_cache_gb=0.0)
     model, config = runtime.model, runtime.model.config
     dtype = getattr(torch, dtype_name)
     image_token = runtime.engine.context_token_id
