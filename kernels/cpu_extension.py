@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+if TYPE_CHECKING:  # tiles are made without torch
+    from torch import Tensor
 
 # Addresses of keys and values, and their block size and strides of blocks, tokens and heads, in elements.
 CacheArguments = tuple[int, int, int, int, int, int]
@@ -136,12 +138,12 @@ def _load() -> tuple[CpuExtension | None, str]:
 extension, missing_because = _load()
 
 
-def cache_arguments(k_cache: Tensor, v_cache: Tensor) -> CacheArguments:
+def cache_arguments(k_cache: "Tensor", v_cache: "Tensor") -> CacheArguments:
     """What the extension takes of caches (num_blocks, block_size, kv_heads, d) of the same strides."""
     block_stride, token_stride, head_stride, _ = k_cache.stride()
     return k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[1], block_stride, token_stride, head_stride
 
 
-def address(tensor: Tensor | None) -> int:
+def address(tensor: "Tensor | None") -> int:
     """Where a tensor lies, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import causal_attention_reference
-from .cpu_extension import cache_arguments
+from .cpu_extension import CpuExtension, cache_arguments
 from .dispatch import Arch, Choice, choose, cpu_extension, target_of
 from .language import cdiv, jit, kernel, next_power_of_2, tl
 from .launch import launch
@@ -331,18 +331,11 @@ def paged_attention(
     keys, values = codes_of(k_cache), codes_of(v_cache)
     target = target_of(q, keys)
     if target is None:
-        extension = cpu_extension(q, keys, values) if max_seqlen_q == 1 and q.shape[0] == num_seqs else None
-        if extension is not None and keys.stride() == values.stride():
-            q, tables, out = q.contiguous(), block_tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
-            extension.paged_decode(
-                *(q.dtype == torch.bfloat16, num_seqs, heads, kv_heads, head_dim),
-                *(q.data_ptr(), tables.data_ptr(), tables.shape[1], context_lens.data_ptr(), out.data_ptr()),
-                *(cache_arguments(keys, values), torch.get_num_threads(), ""),
-            )
-            return out
-        return paged_attention_reference(
-            *(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens), max_seqlen_q=max_seqlen_q
-        )
+        arguments = (q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens)
+        extension = cpu_extension(q, keys, values)
+        if extension is None or keys.stride() != values.stride():
+            return paged_attention_reference(*arguments, max_seqlen_q=max_seqlen_q)
+        return _on_cpu(extension, *arguments, max_seqlen_q)
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()) or block_size & (block_size - 1):
         raise ValueError(f"paged_attention: caches of strides {codes_of(k_cache).stride()} in blocks of {block_size}")
     operation = "paged_prefill" if max_seqlen_q > 1 else "paged_decode"
@@ -356,6 +349,33 @@ def paged_attention(
     if max_seqlen_q > 1:
         return _launch_prefill(*tensors, max_seqlen_q, choice)
     return _launch_decode(*tensors, target.num_sms, choice)
+
+
+def _on_cpu(
+    extension: CpuExtension,
+    q: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    max_seqlen_q: int,
+) -> Tensor:
+    """The sequences of one token that come first by the extension, as all do in a decode step; the rest by torch."""
+    (num_tokens, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
+    single = num_tokens
+    if max_seqlen_q > 1:
+        single = next(first for first, (start, end) in enumerate(pairwise(cu_seqlens_q.tolist())) if end - start != 1)
+    q, tables, out = q.contiguous(), block_tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+    extension.paged_decode(
+        *(q.dtype == torch.bfloat16, single, heads, kv_heads, head_dim),
+        *(q.data_ptr(), tables.data_ptr(), tables.shape[1], context_lens.data_ptr(), out.data_ptr()),
+        *(cache_arguments(codes_of(k_cache), codes_of(v_cache)), torch.get_num_threads(), ""),
+    )
+    if single < num_tokens:
+        rest = (block_tables[single:], cu_seqlens_q[single:] - single, context_lens[single:])
+        out[single:] = paged_attention_reference(q[single:], k_cache, v_cache, *rest, max_seqlen_q=max_seqlen_q)
+    return out
 
 
 def _launch_prefill(

@@ -164,8 +164,13 @@ def rope_and_cache(
         q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype)
         extension.rope_and_cache(
             *(qkv.dtype == torch.bfloat16, num_tokens, num_heads, kv_heads, head_dim),
-            *(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(q_norm), address(k_norm), eps),
-            *(slots.data_ptr(), q.data_ptr(), cache_arguments(keys, values), torch.get_num_threads(), ""),
+            *(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(q_norm), address(k_norm)),
+            eps,
+            slots.data_ptr(),
+            q.data_ptr(),
+            cache_arguments(keys, values),
+            torch.get_num_threads(),
+            "",
         )
         return q
     if not all(x.is_contiguous() for x in (qkv, cos, sin, k_cache, v_cache)):

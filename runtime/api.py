@@ -16,15 +16,17 @@ from uuid import uuid4
 import torch
 from tqdm import tqdm
 
+from .backends.exported import ExportedVisionModel
 from .config import InternVLConfig, VisionConfig, load_any_config
 from .contrastive import ContrastiveCalls
 from .engine.engine import Engine, request_usage
-from .engine.processor import Conversation, Picture, Processor
+from .engine.processor import Conversation, Picture, Prepared, Processor
 from .engine.sequence import Request
-from .errors import CheckpointError, ConfigError, InvalidRequestError, VitrailError
+from .errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError, VitrailError
 from .features import Images, as_list
 from .image import ImageLimits, ImageSource
 from .loaded import require_chat
+from .media import MediaPolicy
 from .messages import conversation_of
 from .models.internvl import InternVLModel
 from .models.vision_tower import VisionTower
@@ -34,6 +36,7 @@ from .options import (
     read_device,
     read_dtype,
     read_image_limit,
+    read_media,
     read_positive,
     read_quantization,
     read_share,
@@ -53,6 +56,7 @@ from .request import (
 )
 from .tokenizer import Tokenizer, load_tokenizer
 from .video import Video, frames_of
+from .vision_backend import check_backend, open_vision
 from .weights import Model, load_model, resolve_checkpoint
 
 History = Sequence[tuple[str, str]]
@@ -85,12 +89,12 @@ class Runtime(ContrastiveCalls):
         deterministic: bool = False,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
         image_limits: ImageLimits | None = None,
-        allowed_local_media_path: str | Path | None = None,
+        media: MediaPolicy | None = None,
         revision: str | None = None,
         load_ms: float = 0.0,
     ) -> None:
         super().__init__(model, tokenizer, name=name, limits=image_limits or ImageLimits(), load_ms=load_ms)
-        self.media_path = None if allowed_local_media_path is None else Path(allowed_local_media_path)
+        self.media = media or MediaPolicy()
         self._chat: tuple[Processor, Engine] | None = None
         if isinstance(model, VisionTower):
             return
@@ -144,6 +148,7 @@ class Runtime(ContrastiveCalls):
         quantization: str | QuantizationConfig | None = None,
         vision_quantization: str | None = None,
         vision_backend: str = "torch",
+        vision_engine: str | Path | None = None,
         vision_devices: Sequence[str] | None = None,
         llm_devices: Sequence[str] | None = None,
         placement: str = "auto",
@@ -173,35 +178,39 @@ class Runtime(ContrastiveCalls):
         activations in int8), "int8-weight", "int4" (language half only), "fp8", "nf4" (language half only), "bnb-int8".
         That is uncalibrated, and a warning says so; what a checkpoint holds quantised is recognised without them. A
         QuantizationConfig in place of the name says both halves, group size and exceptions.
+        vision_backend: "torch", our kernels; or an exported vision half, by "onnxruntime" or "tensorrt". vision_engine:
+        the folder or file that `vitrail export` wrote; without it onnxruntime exports, once, in fp32 for the CPU.
         enforce_eager: no CUDA graphs, which take some seconds at the start and some memory.
         max_num_batched_tokens: prompt tokens, or tiles counted as their visual tokens, that one step runs at most; 512
         while others decode, or fewer if this is.
         enable_prefix_caching: prompts that begin alike, with the same images, share keys and values.
         vision_cache_gb: host memory for the visual tokens of images seen before; 0 for none.
         kv_cache_dtype: "auto", as the model computes, or "int8", half the memory of 16 bits or less.
+        allowed_media_domains: hosts that URLs in messages may name, as `example.org` or `*.example.org`.
+        allowed_local_media_path: the folder whose files they may name.
         deterministic: the same answer to the bit whatever runs beside a request; slower (docs/engine.md).
         Options that would change what runs and are not available yet raise `UnsupportedError`.
         progress: show a loading bar; None means on a terminal only.
         Raises `CheckpointError` or `ConfigError` where the checkpoint is missing or wrong.
         """
         refuse_unavailable(
-            vision_backend=(vision_backend, "torch"),
             vision_devices=(vision_devices, None),
             llm_devices=(llm_devices, None),
             placement=(placement, "auto"),
             tensor_parallel_size=(tensor_parallel_size, 1),
-            allowed_media_domains=(tuple(allowed_media_domains or ()), ()),
         )
         start = perf_counter()
         # All options are read before weights are: a mistake should not cost minutes of loading.
         torch_dtype, torch_device = read_dtype(dtype), read_device(device)
         rounding = read_quantization(quantization, vision_quantization, torch_device)
+        check_backend(vision_backend, vision_engine, vision_quantization)
         read_cache_dtype(kv_cache_dtype)
         image_limits = ImageLimits(
             at_least_one("max_image_pixels", max_image_pixels),
             read_positive("max_aspect_ratio", max_aspect_ratio),
             exif_orientation,
         )
+        media = read_media(allowed_media_domains, allowed_local_media_path)
         at_least_one("max_num_seqs", max_num_seqs)
         at_least_one("max_num_batched_tokens", max_num_batched_tokens)
         _read_size("vision_cache_gb", vision_cache_gb)
@@ -212,9 +221,12 @@ class Runtime(ContrastiveCalls):
         tokenizer = None if isinstance(config, VisionConfig) else load_tokenizer(folder)
         if isinstance(config, InternVLConfig):
             get_template(config.template)
+        session = open_vision(vision_backend, vision_engine, folder, config, torch_device, str(model), progress)
         loaded = load_model(
             folder, config, dtype=torch_dtype, device=torch_device, progress=progress, quantization=rounding
         )
+        if session is not None and isinstance(loaded, InternVLModel):
+            loaded = ExportedVisionModel(loaded, session)
         return cls(
             loaded,
             tokenizer,
@@ -230,7 +242,7 @@ class Runtime(ContrastiveCalls):
             deterministic=deterministic,
             limit_mm_per_prompt=limit_mm_per_prompt,
             image_limits=image_limits,
-            allowed_local_media_path=allowed_local_media_path,
+            media=media,
             revision=revision,
             load_ms=(perf_counter() - start) * 1e3,
         )
@@ -370,13 +382,15 @@ class Runtime(ContrastiveCalls):
     ) -> GenerationOutput:
         """Answer an OpenAI-style message list: system, user and assistant messages, text, image and video parts.
 
-        `image_url` parts take data URLs, and files below `allowed_local_media_path`; `image` and `video` parts take
-        whatever `generate` takes. An `<image>` that stands in a text part is text.
+        `image_url` parts take data URLs, http and https URLs of `allowed_media_domains` and files below
+        `allowed_local_media_path`; `image` and `video` parts take whatever `generate` takes. An `<image>` that stands
+        in a text part is text.
         """
         config = _config(generation_config, gen_kwargs, "messages", "generation_config")
-        return self._finish(
-            self._submit(conversation_of(messages, media_path=self.media_path, limits=self.limits), config)
+        conversation = conversation_of(
+            messages, media=self.media, limits=self.limits, max_images=self.processor.max_images
         )
+        return self._finish(self._submit(conversation, config))
 
     async def agenerate(
         self, prompt: str, images: Images = None, *, request_id: str | None = None, **keywords: Any
@@ -423,6 +437,31 @@ class Runtime(ContrastiveCalls):
         call = {key: keywords.pop(key, None) for key in ("video", "history", "system", "generation_config")}
         config = _config(call.pop("generation_config"), keywords, *_CONVERSATION_KEYWORDS, "request_id")
         return config, self._conversation(prompt, images, **call)
+
+    def submit(self, conversation: Conversation, config: GenerationConfig, request_id: str | None = None) -> Request:
+        """Queue a conversation for `engine.run_in_background`: checked now, its images read by threads of the engine.
+
+        For a server, which waits for many requests at a time.
+        """
+        return self._submit(conversation, config, request_id, ahead=True)
+
+    def submit_tokens(self, token_ids: Sequence[int], config: GenerationConfig) -> Request:
+        """The same for a prompt as it stands, without images and without the model's template."""
+        self.check_tokens(token_ids)
+        return self.engine.submit(uuid4().hex, Prepared(list(token_ids), [], 0), config)
+
+    def check_tokens(self, token_ids: Sequence[int]) -> None:
+        """Raise `InvalidRequestError` or `CapacityError` for what `submit_tokens` would refuse."""
+        self._check_open()
+        context_token = self.engine.context_token_id
+        for token_id in token_ids:
+            if not 0 <= token_id < self.processor.tokenizer.vocab_size or token_id == context_token:
+                raise InvalidRequestError(f"prompt: {token_id} is not the id of a token of text")
+        if not 0 < len(token_ids) < self.max_model_len:
+            raise CapacityError(
+                f"the prompt has {len(token_ids)} tokens; it needs one, and the context holds {self.max_model_len} "
+                f"with at least one for the answer"
+            )
 
     def abort(self, request_id: str) -> bool:
         """End a request; whoever waits for it gets what there is, with `finish_reason` "abort"."""
@@ -484,6 +523,8 @@ class Runtime(ContrastiveCalls):
         """Abort what runs and let go of the model. Later calls raise `InvalidRequestError`."""
         if self._chat is not None:
             self.engine.close()
+        if not self._closed and isinstance(self._model, ExportedVisionModel):
+            self._model.session.close()
         super().close()
 
     # --- inside ---

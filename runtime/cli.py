@@ -22,9 +22,12 @@ import typer
 from rich.table import Table
 
 from .cli_contrastive import embed, evaluate
+from .cli_export import export_app
 from .cli_kernels import build_kernels
 from .cli_options import AsJson, Device, Dtype, Model, Quantization, VisionQuantization, console, fail, load_runtime
+from .cli_plan import plan
 from .cli_quantize import quantize, verify
+from .cli_serve import serve
 from .errors import VitrailError
 from .request import GenerationConfig
 
@@ -54,9 +57,12 @@ def main() -> None:
 
 app.command()(embed)
 app.add_typer(evaluate, name="eval")
+app.add_typer(export_app, name="export")
 app.command()(build_kernels)
+app.command()(plan)
 app.command()(quantize)
 app.command()(verify)
+app.command()(serve)
 
 
 @app.command()

@@ -7,7 +7,8 @@ What becomes of a picture before the model sees it:
   palettes and CMYK are converted, 16-bit colour keeps its high byte, 16-bit *grey* is clipped at 255 (scale it first).
 - The EXIF orientation that stands before the pixels is applied, unless `ImageLimits.exif_orientation` is off (the
   reference ignores it).
-- Limits are checked on the header, before a pixel is decoded. No error repeats a decoder's own text.
+- Limits are checked on the header, before a pixel is decoded. A decoder that asks for more bytes when its time is over
+  ends there: a small file may hold hours of work. No error repeats a decoder's own text.
 """
 
 import base64
@@ -16,6 +17,7 @@ import io
 import os
 import re
 import stat
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,11 +67,14 @@ class ImageLimits:
     max_aspect_ratio: float = 200.0
     exif_orientation: bool = True
     max_data_url_length: int = 64 * 2**20  # characters, checked before base64 is decoded
+    max_decode_s: float = 10.0  # from the first byte of the header to the last pixel
 
     def __post_init__(self) -> None:
         for field in ("max_pixels", "max_aspect_ratio", "max_data_url_length"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not self.max_decode_s > 0:
+            raise ConfigError(f"max_decode_s must be above 0, got {self.max_decode_s}")
 
 
 # Opening
@@ -88,7 +93,10 @@ def open_image(source: ImageSource, limits: ImageLimits | None = None, *, name: 
         if not isinstance(source, Image.Image):
             # Alpha is dropped anyway; Pillow would warn about it, or fail on a colour that is not in the palette.
             picture.info.pop("transparency", None)
-        picture = _to_rgb(picture, name)
+        try:
+            picture = _to_rgb(picture, name)
+        except _TooSlowError:
+            raise _too_slow(limits, name) from None
         if turn is not None:
             picture = picture.transpose(turn)
             picture.info.clear()  # the orientation tag would turn the picture once more if it were opened again
@@ -149,7 +157,8 @@ def _opened(source: ImageSource, limits: ImageLimits, name: str) -> Iterator[Ima
         with _parsed(io.BytesIO(source), limits, name) as picture:
             yield picture
     elif isinstance(source, str) and source[:5].lower() == "data:":
-        with _parsed(io.BytesIO(_data_url_bytes(source, limits, name)), limits, name) as picture:
+        data = data_url_bytes(source, limits.max_data_url_length, name)
+        with _parsed(io.BytesIO(data), limits, name) as picture:
             yield picture
     elif isinstance(source, (str, os.PathLike)):
         path = local_file(source, name)
@@ -168,7 +177,9 @@ def _opened(source: ImageSource, limits: ImageLimits, name: str) -> Iterator[Ima
 def _parsed(file: IO[bytes], limits: ImageLimits, name: str) -> Image.Image:
     """Pillow's lazy image of a file: format recognised by content, header read."""
     try:
-        return Image.open(file, formats=FORMATS)
+        picture = Image.open(_Timed(file, limits.max_decode_s), formats=FORMATS)
+    except _TooSlowError:
+        raise _too_slow(limits, name) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = min(limits.max_pixels, MAX_PIXELS)
         raise InvalidRequestError(f"{name}: exceeds the limit of {most} pixels") from None
@@ -176,13 +187,40 @@ def _parsed(file: IO[bytes], limits: ImageLimits, name: str) -> Image.Image:
         raise InvalidRequestError(f"{name}: cannot decode: not a JPEG, PNG, WebP, BMP or GIF image") from None
     except Exception:  # plugins meet bad bytes with errors of every kind
         raise InvalidRequestError(f"{name}: cannot decode") from None
+    if picture.info.get("progressive"):
+        # A scan of the whole picture may be 60 bytes long: the clock is looked at after a few of them.
+        picture.decodermaxblock = 1024
+    return picture
 
 
-def _data_url_bytes(url: str, limits: ImageLimits, name: str) -> bytes:
-    if len(url) > limits.max_data_url_length:
-        raise InvalidRequestError(
-            f"{name}: data URL of {len(url)} characters exceeds the limit of {limits.max_data_url_length}"
-        )
+class _TooSlowError(Exception):
+    """The time of an image is over."""
+
+
+def _too_slow(limits: ImageLimits, name: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name}: cannot decode within {limits.max_decode_s:g} s")
+
+
+class _Timed:
+    """A file that nothing can be read from when its time is over: decoders in C cannot be stopped from outside."""
+
+    def __init__(self, file: IO[bytes], seconds: float) -> None:
+        self._file = file
+        self._end = time.monotonic() + seconds
+
+    def read(self, size: int = -1) -> bytes:
+        if time.monotonic() > self._end:
+            raise _TooSlowError
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def data_url_bytes(url: str, max_length: int, name: str) -> bytes:
+    """What a base64 data URL of at most `max_length` characters holds, whatever type it names."""
+    if len(url) > max_length:
+        raise InvalidRequestError(f"{name}: data URL of {len(url)} characters exceeds the limit of {max_length}")
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise InvalidRequestError(f"{name}: a data URL must read data:image/...;base64,...")
@@ -224,6 +262,8 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     try:
         picture.load()
         return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except _TooSlowError:
+        raise
     except Exception:
         raise InvalidRequestError(f"{name}: cannot decode") from None
 

@@ -1,11 +1,13 @@
 """The options of `Runtime.from_pretrained`, read and checked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import ConfigError, UnsupportedError
+from .media import MediaPolicy
 from .quantization.config import QuantizationConfig
 from .quantization.methods import check_device
 
@@ -88,6 +90,13 @@ def read_image_limit(limits: Mapping[str, int] | None) -> int:
     if not isinstance(limits, Mapping) or not set(limits) <= {"image"}:
         raise ConfigError(f"limit_mm_per_prompt must be like {{'image': 64}}, not {limits!r}")
     return at_least_one("limit_mm_per_prompt['image']", limits.get("image", 64))
+
+
+def read_media(domains: Sequence[str], folder: str | Path | None) -> MediaPolicy:
+    """What messages may name, of `allowed_media_domains` and `allowed_local_media_path`."""
+    if not isinstance(domains, list | tuple | set | frozenset):
+        raise ConfigError(f"allowed_media_domains must be a list of host names, not {domains!r}")
+    return MediaPolicy(tuple(domains), None if folder is None else Path(folder))
 
 
 def refuse_unavailable(**options: tuple[Any, Any]) -> None:

@@ -81,6 +81,7 @@ def test_the_wheel_holds_every_module_of_the_rooms(wheel: Path) -> None:
 
 def test_the_wheel_holds_the_bundled_model_the_fonts_and_the_type_marker(wheel: Path) -> None:
     data = [*(ROOT / "runtime/assets").rglob("*"), *(ROOT / "bench/nano").glob("*.ttf"), ROOT / "py.typed"]
+    data += [ROOT / "runtime/server/page.html"]
     expected = {f"vitrail/{file.relative_to(ROOT).as_posix()}" for file in data if file.is_file()}
     assert expected <= names(wheel)
 

@@ -1,11 +1,17 @@
 """README.md is executed: its code runs, and what it names exists."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import time
+import urllib.request
 from pathlib import Path
+from shutil import which
+from socket import socket
+from typing import Any
 
 import pytest
 
@@ -32,7 +38,7 @@ def run_vitrail(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_quick_start_runs_and_answers() -> None:
-    [quick_start] = blocks("python")
+    quick_start, _ = blocks("python")
     assert len([line for line in quick_start.splitlines() if line.strip()]) <= 10
     done = subprocess.run(
         [sys.executable, "-c", quick_start], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
@@ -40,6 +46,39 @@ def test_the_quick_start_runs_and_answers() -> None:
     assert done.returncode == 0, done.stderr
     answer, *_, streamed = done.stdout.splitlines()
     assert answer == streamed == re.search(r"print\(answer\.text\)  # (.+)", quick_start)[1]
+
+
+def test_the_lines_for_the_server_are_answered() -> None:
+    """By a server on a port that is free; theirs may not be."""
+    [curl] = [block for block in blocks("") if block.startswith("curl ")]
+    _, snippet = blocks("python")
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sysconfig.get_path("scripts")) / "vitrail"), "serve", "nano", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            wait_until_ready(port, server)
+            options: Any = {"cwd": ROOT, "capture_output": True, "text": True, "check": False, "timeout": 60}
+            done = subprocess.run([sys.executable, "-c", snippet.replace(":8000", f":{port}")], **options)
+            assert done.stdout.strip() == re.search(r"  # (.+)$", snippet)[1], done.stderr
+            if which("curl") is not None:
+                done = subprocess.run(["sh", "-c", curl.replace(":8000", f":{port}")], **options)
+                assert json.loads(done.stdout)["choices"][0]["message"]["content"], done.stderr
+        finally:
+            server.terminate()
+    assert server.returncode == 0
+
+
+def wait_until_ready(port: int, server: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return
+        except OSError:
+            assert server.poll() is None, server.stdout.read()
+            time.sleep(0.1)
+    raise AssertionError("the server is not ready within a minute")
 
 
 def test_the_make_targets_exist() -> None:

@@ -56,6 +56,7 @@ class Prepared:
     """A prompt as token ids, `<IMG_CONTEXT>` expanded, with the tiles of its images in order.
 
     pictures: the images instead of their tiles, where those are to be made later, each with the most it may take.
+    grids: (columns, rows) of each image's tiles, without the thumbnail.
     """
 
     token_ids: list[int]
@@ -63,6 +64,7 @@ class Prepared:
     image_tokens: int
     tiles: list[Tiles] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
 
     @property
     def usage(self) -> Usage:
@@ -189,15 +191,17 @@ class Processor:
         floor = min(config.min_dynamic_patch, max(caps, default=1))  # gives way to lower caps
         if total_max_tiles is not None and pictures:
             caps = share_tiles(sizes, caps, total_max_tiles, config.tile_size, floor, config.use_thumbnail)
-        num_tiles = [
-            plan_tiles(size, config.tile_size, min(floor, cap), cap, config.use_thumbnail)[1]
+        plans = [
+            plan_tiles(size, config.tile_size, min(floor, cap), cap, config.use_thumbnail)
             for size, cap in zip(sizes, caps, strict=True)
         ]
+        num_tiles = [tiles for _, tiles in plans]
         tokens_per_image = [tiles * config.tokens_per_tile for tiles in num_tiles]
         system = conversation.system if conversation.system is not None else config.system_message
         pieces = render(self.template, conversation.turns, system)
         token_ids = self._encode(pieces, tokens_per_image)
-        return Prepared(token_ids, num_tiles, sum(tokens_per_image)), caps
+        grids = [grid for grid, _ in plans]
+        return Prepared(token_ids, num_tiles, sum(tokens_per_image), grids=grids), caps
 
 
 def image_name(index: int) -> str:

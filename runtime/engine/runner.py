@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.dispatch import cuda_target
+from ..backends.exported import ExportedVisionModel
 from ..layers.kv_cache import KVBatch, KVCache
 from ..models.internvl import InternVLModel
 from .graphs import TILE_COUNTS, Capture, CudaCapture, DecodeGraphs, VisionGraphs
@@ -94,7 +95,7 @@ class Runner:
         if self.device.type != "cuda":
             return
         size = self.config.tile_size
-        if self._graphed:
+        if self._graphed and not isinstance(self.model, ExportedVisionModel):  # which has graphs of its own, or none
             max_tiles = 1 if self.exact else max(TILE_COUNTS)
             capture = CudaCapture(self.device)
             self._vision = VisionGraphs(self.model.encode_tiles, size, max_tiles, capture, self.device)

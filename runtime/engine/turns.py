@@ -31,6 +31,12 @@ class Turns:
         """Whether nobody has the turn, no message waits and nobody is in the background."""
         return not self._taken and self._inbox.empty() and not self._members
 
+    @property
+    def broken(self) -> bool:
+        """Whether the background ended before its members had left: nobody drives for them any more."""
+        with self._members_lock:
+            return self._driver is not None and not self._driver.is_alive()
+
     def post(self, message: Callable[[], None], *, now: bool = False) -> None:
         """Leave a message for the next step; `now`: have it read at once if nobody drives, who would read it anyway."""
         self._inbox.put(message)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -139,6 +140,16 @@ def test_decoding_is_the_reference_wherever_the_blocks_lie(used: With, random: A
     assert used.calls == ["paged_decode"]
     exact = [arguments[0].double(), arguments[1].double(), arguments[2].double(), *arguments[3:]]
     assert close(out, paged_attention_reference(*exact, max_seqlen_q=1).to(out.dtype))
+
+
+@pytest.mark.parametrize("new", [[1, 1, 7], [1, 4, 1], [3], [1, 0, 2]])
+def test_steps_that_also_run_prompts_are_the_reference(used: With, random: Any, new: list[int]) -> None:
+    _, k_cache, v_cache, tables, _, contexts = decode(random, [40, 17, 30][: len(new)])
+    borders = torch.tensor([0, *accumulate(new)], dtype=torch.int32)
+    arguments = (random(sum(new), HEADS, HEAD_DIM), k_cache, v_cache, tables, borders, contexts)
+    exact = [part.double() for part in arguments[:3]]
+    expected = paged_attention_reference(*exact, *arguments[3:], max_seqlen_q=max(new))
+    assert close(paged_attention(*arguments, max_seqlen_q=max(new)), expected.to(v_cache.dtype))
 
 
 def test_large_scores_do_not_overflow_and_a_missing_number_stays_with_its_sequence(used: With) -> None:

@@ -587,7 +587,6 @@ def test_a_checkpoint_loads_in_half_precision(folder, dtype):
         {"llm_devices": ["cuda:1"]},
         {"placement": "split"},
         {"tensor_parallel_size": 2},
-        {"allowed_media_domains": ["example.org"]},
         {"device": "mps"},
         {"device": "cuda:99"},
     ],

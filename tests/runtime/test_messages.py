@@ -9,6 +9,7 @@ from PIL import Image
 from vitrail.runtime import Runtime
 from vitrail.runtime.engine.processor import Picture
 from vitrail.runtime.errors import InvalidRequestError
+from vitrail.runtime.media import MediaPolicy
 from vitrail.runtime.messages import conversation_of
 from vitrail.runtime.prompt import ImageSlot
 
@@ -164,27 +165,31 @@ def test_high_detail_goes_beyond_the_checkpoints_own_maximum(rt):
 
 
 def test_files_below_the_allowed_folder_are_read(rt):
-    path = rt.media_path / "wide sign.png"
+    path = rt.media.allowed_local_path / "wide sign.png"
     expected = rt.generate("what?", WIDE, max_new_tokens=1).prompt_token_ids
-    for address in (str(path), path.as_uri(), f"{rt.media_path}/../{rt.media_path.name}/wide sign.png"):
+    for address in (
+        str(path),
+        path.as_uri(),
+        f"{rt.media.allowed_local_path}/../{rt.media.allowed_local_path.name}/wide sign.png",
+    ):
         assert ids(rt, [user(url(address), text("what?"))]) == expected
 
 
 @pytest.mark.parametrize("form", ["{0}/../secret.png", "file://{0}/../secret.png", "file://{0}/%2e%2e/secret.png"])
 def test_files_beside_the_allowed_folder_are_not(rt, form):
-    Image.fromarray(WIDE).save(rt.media_path.parent / "secret.png")
+    Image.fromarray(WIDE).save(rt.media.allowed_local_path.parent / "secret.png")
     with pytest.raises(InvalidRequestError, match="message 1, part 1: the file lies outside allowed_local_media_path"):
-        rt.chat([user(url(form.format(rt.media_path)))])
+        rt.chat([user(url(form.format(rt.media.allowed_local_path)))])
 
 
 def test_a_link_that_leads_out_of_the_allowed_folder_is_not_followed(rt, tmp_path):
     Image.fromarray(WIDE).save(tmp_path / "secret.png")
-    (rt.media_path / "link.png").symlink_to(tmp_path / "secret.png")
-    (rt.media_path / "loop").symlink_to(rt.media_path / "loop")
+    (rt.media.allowed_local_path / "link.png").symlink_to(tmp_path / "secret.png")
+    (rt.media.allowed_local_path / "loop").symlink_to(rt.media.allowed_local_path / "loop")
     with pytest.raises(InvalidRequestError, match="outside"):
-        rt.chat([user(url(f"{rt.media_path}/link.png"))])
-    for bad in (f"{rt.media_path}/loop/x", f"{rt.media_path}/nul\0"):
-        with pytest.raises(InvalidRequestError, match=r"message 1, part 1: not a usable path|image 1: "):
+        rt.chat([user(url(f"{rt.media.allowed_local_path}/link.png"))])
+    for bad in (f"{rt.media.allowed_local_path}/loop/x", f"{rt.media.allowed_local_path}/nul\0"):
+        with pytest.raises(InvalidRequestError, match=r"message 1, part 1: not? .*(usable path|such file)"):
             rt.chat([user(url(bad))])
 
 
@@ -241,8 +246,13 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ([user(text("a"), image(max_tiles=0))], "message 1, part 2: max_tiles=0: must be an integer from 1"),
         ([user(url(data_url(WIDE), max_dynamic_patch="many"))], "message 1, part 1: max_tiles='many'"),
         ([user(text("a"), image("/nowhere.png"))], "image 1: no such file"),
-        ([user(url("data:image/png;base64,%%%"))], "image 1: data URL is not valid base64"),
-        ([user(url("data:image/png,abc"))], "image 1: a data URL must read"),
+        ([user(url("data:image/png;base64,%%%"))], "message 1, part 1: data URL is not valid base64"),
+        ([user(text("a"), url("data:image/png,abc"))], "message 1, part 2: a data URL must read"),
+        ([user({"type": "video_url", "video_url": {}})], "message 1, part 1: video_url needs a url string"),
+        ([user({"type": "video_url", "video_url": "data:video/mp4;base64,AA"})], "message 1, part 1: a video URL must"),
+        ([user({"type": "video_url", "video_url": "https://a.org/b.mp4"})], "message 1, part 1: a video URL must read"),
+        ([user({"type": "video_url", "video_url": f"data:video/jpeg;base64,{',' * 256}"})], "more than 256 frames"),
+        ([user(*[url(data_url(WIDE))] * 65)], "65 images exceed the limit of 64 per prompt"),
         ([user(text("lone \ud800"))], "not valid UTF-8"),
     ],
 )
@@ -257,6 +267,56 @@ def test_an_error_says_which_message_and_part(rt, messages, message):
 def test_a_video_part_without_a_video_is_refused(rt, part):
     with pytest.raises(InvalidRequestError, match="message 1, part 1: a path, bytes or a non-empty list of frames"):
         rt.chat([user(part)])
+
+
+def test_a_developer_speaks_for_the_system(rt):
+    named = [{"role": "developer", "content": "Be brief."}, user("a")]
+    assert ids(rt, named) == ids(rt, [{"role": "system", "content": "Be brief."}, user("a")])
+
+
+# --- messages from another machine ---
+
+
+@pytest.mark.parametrize("part", [image("/etc/passwd"), image(WIDE), {"type": "image"}])
+def test_messages_from_elsewhere_name_images_by_url_alone(part):
+    with pytest.raises(InvalidRequestError, match="part 1: unknown type 'image'; known: text, image_url, video, video"):
+        conversation_of([user(part)], urls_only=True)
+
+
+@pytest.mark.parametrize("video", ["/etc/passwd", b"film", ["/etc/passwd"], [WIDE], [{"url": "x"}], [], None])
+def test_messages_from_elsewhere_show_videos_as_urls_of_frames(video):
+    with pytest.raises(InvalidRequestError, match=r"part 1: (a non-empty list of the URLs|local files need)"):
+        conversation_of([user({"type": "video", "video": video})], urls_only=True)
+
+
+def test_frames_named_by_urls_are_frames(rt):
+    frames = [data_url(WIDE, "JPEG"), data_url(TALL, "JPEG")]
+    packed = "data:video/jpeg;base64," + ",".join(frame.partition(",")[2] for frame in frames)
+    pictures = [base64.b64decode(frame.partition(",")[2]) for frame in frames]
+    expected = conversation_of([user({"type": "video", "video": pictures}, text("what?"))])
+    for part in (
+        {"type": "video", "video": frames},
+        {"type": "video_url", "video_url": {"url": packed}},
+        {"type": "video_url", "video_url": packed},
+    ):
+        found = conversation_of([user(part, text("what?"))], urls_only=True)
+        assert found == expected
+        assert [shown.max_tiles for shown in found.pictures] == [1, 1]
+
+
+def test_nothing_is_fetched_for_messages_that_are_refused_anyway(monkeypatch):
+    fetched = []
+    monkeypatch.setattr("vitrail.runtime.messages.fetch_all", lambda references, media: fetched.append(references))
+    far = url("https://example.org/a.png")
+    for messages in (
+        [user(far, {"type": "audio"})],
+        [user(far), {"role": "tool", "content": "x"}],
+        [user(far), ASSISTANT],
+        [user(far, far, far)],
+    ):
+        with pytest.raises(InvalidRequestError):
+            conversation_of(messages, media=MediaPolicy(("example.org",)), max_images=2, urls_only=True)
+    assert fetched == []
 
 
 def test_pictures_carry_the_limit_of_their_part():

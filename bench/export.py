@@ -1,0 +1,211 @@
+"""Exported graphs in onnxruntime against vitrail's own modules, on a CPU: same weights, same run, same threads.
+
+    python bench/export.py [--models nano 1b] [--repeats N] [--context N] [--steps N] [--out DIR]
+
+Stages: *vision*, one tile to visual tokens; *prefill*, a prompt with its visual tokens to the first logits; *decode*,
+one token of one sequence. Contenders: vitrail in fp32 and in int8 (weights rounded, activations rounded per token),
+onnxruntime with the fp32 and the int8 export (the same weight codes, activations rounded by one scale a layer). `1b`
+has the shape of InternVL2-1B and random weights. `export_s` is how long writing the graphs took.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vitrail.bench.harness import compare, results_path, write_results
+from vitrail.bench.models import INTERNVL2_5_1B, random_model
+from vitrail.export.calibration import Prompt
+from vitrail.export.description import context_token_id
+from vitrail.export.generation import OnnxChat
+from vitrail.export.manifest import read_manifest
+from vitrail.export.onnx import Options, export_onnx
+from vitrail.runtime.config import InternVLConfig, load_config
+from vitrail.runtime.engine.runner import Runner
+from vitrail.runtime.layers.kv_cache import BLOCK_SIZE
+from vitrail.runtime.layers.rotary import inverse_frequencies
+from vitrail.runtime.models.internvl import InternVLModel
+from vitrail.runtime.quantization.model import quantize_model
+from vitrail.runtime.tokenizer import load_tokenizer
+from vitrail.runtime.weights import NANO, checkpoint_tensors, load_model
+
+BASELINE = "vitrail fp32"
+REPEATS = {"nano": 20, "1b": 3}
+
+
+def write_random_checkpoint(folder: Path, config: InternVLConfig) -> Path:
+    """A checkpoint of random weights in the official form, with nano's tokenizer: only the number of tokens matters."""
+    folder.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        shutil.copy(NANO / name, folder)
+    save_file(dict(checkpoint_tensors(random_model(config, torch.float32))), folder / "model.safetensors")
+    vision, llm = vars(config.vision), vars(config.llm)
+    sizes = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings"),
+    )
+    values = {
+        "model_type": "internvl_chat",
+        "template": "internlm2-chat",
+        "select_layer": config.select_layer,
+        "downsample_ratio": config.downsample_ratio,
+        "ps_version": config.ps_version,
+        "force_image_size": config.tile_size,
+        "vision_config": vision,
+        "llm_config": {"architectures": [config.llm.architecture], **{size: llm[size] for size in sizes}},
+    }
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+class Ours:
+    """A model behind its runner: what the engine calls."""
+
+    def __init__(self, model: InternVLModel, ids: list[int], steps: int, context_id: int) -> None:
+        self.ids, self.steps, self.context_id = ids, steps, context_id
+        self.runner = Runner(model, max_num_seqs=1, max_model_len=len(ids) + steps, enforce_eager=True)
+        self.table = list(range(-(-(len(ids) + steps) // BLOCK_SIZE)))
+        self.runner.allocate(len(self.table), keep=False)
+        self.inv_freq = inverse_frequencies(model.config.llm, len(ids) + steps)
+
+    def vision(self, tiles: Tensor) -> Tensor:
+        return self.runner.encode(tiles).flatten(0, 1)
+
+    def prefill(self, visual: Tensor) -> Tensor:
+        return self.runner.prefill(self.ids, visual, self.context_id, self.inv_freq, self.table)
+
+    def decode(self) -> None:
+        token = 0
+        for context in range(len(self.ids) + 1, len(self.ids) + self.steps + 1):
+            token = int(self.runner.decode([token], [context], self.inv_freq[None], [self.table]).argmax())
+
+
+class Theirs:
+    """The exported parts in onnxruntime."""
+
+    def __init__(self, folder: Path, ids: list[int], steps: int) -> None:
+        manifest = read_manifest(folder)
+        self.graphs = OnnxChat(manifest, {name: manifest.path(name) for name in manifest.parts})
+        self.ids, self.steps = np.array([ids]), steps
+        self.past: list[Any] = []
+
+    def vision(self, tiles: Tensor) -> Any:
+        return self.graphs.encode(tiles.numpy())
+
+    def prefill(self, visual: Tensor) -> Any:
+        logits, self.past = self.graphs.step(self.ids, visual.numpy(), self.graphs.no_past(1))
+        return logits
+
+    def decode(self) -> None:
+        token, past = 0, self.past
+        none = np.zeros((0, self.graphs.manifest.model["hidden_size"]), np.float32)
+        for _ in range(self.steps):
+            logits, past = self.graphs.step(np.array([[token]]), none, past)
+            token = int(logits[0].argmax())
+
+
+def measure_case(name: str, folder: Path, repeats: int, context: int, steps: int) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    source = NANO if name == "nano" else write_random_checkpoint(folder / "checkpoint", INTERNVL2_5_1B)
+    config = load_config(source)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, config.tile_size, config.tile_size, 3)
+    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    context_id = context_token_id(config, load_tokenizer(source))
+    words = torch.randint(0, 500, (max(context - config.tokens_per_tile, 1),), generator=generator).tolist()
+    ids = [context_id] * config.tokens_per_tile + words
+    seconds, contenders = {}, dict[str, Ours | Theirs]()
+    for kind in ("fp32", "int8"):
+        model = load_model(source, config, dtype=torch.float32, device=torch.device("cpu"), progress=False)
+        start, target = perf_counter(), folder / kind
+        options = Options(quantization=None if kind == "fp32" else kind)
+        export_onnx(source, target, options, lambda: [Prompt(ids, tiles)])
+        seconds[kind] = perf_counter() - start
+        if kind == "int8":
+            quantize_model(model, llm="int8", vision="int8")
+        contenders[f"vitrail {kind}"] = Ours(model, ids, steps, context_id)
+        contenders[f"onnxruntime {kind}"] = Theirs(target, ids, steps)
+    return _timed(name, contenders, tiles, repeats, seconds)
+
+
+def _timed(
+    name: str, contenders: dict[str, Ours | Theirs], tiles: Tensor, repeats: int, seconds: dict[str, float]
+) -> list[dict[str, Any]]:
+    reference = contenders[BASELINE]
+    visual = reference.vision(tiles).clone()
+    logits = torch.as_tensor(reference.prefill(visual)).clone()
+    stages: dict[str, Callable[[Ours | Theirs], Callable[[], object]]] = {
+        "vision": lambda side: lambda: side.vision(tiles),
+        "prefill": lambda side: lambda: side.prefill(visual),
+        "decode, a token": lambda side: side.decode,
+    }
+    cosines = {}
+    for label, side in contenders.items():
+        pairs = ((side.vision(tiles), visual), (side.prefill(visual), logits))
+        both = [torch.cosine_similarity(torch.as_tensor(a).flatten(), b.flatten(), dim=0) for a, b in pairs]
+        cosines[label] = {"vision": float(both[0]), "prefill": float(both[1])}
+    rows = []
+    for stage, of in tqdm(stages.items(), desc=name, disable=None):
+        share = reference.steps if stage.startswith("decode") else 1
+        timings = compare(
+            {label: of(side) for label, side in contenders.items()}, repeats=repeats, device="cpu", warmup=1
+        )
+        rows += [
+            {
+                "model": name,
+                "stage": stage,
+                "contender": label,
+                "ms": timing.median / share,
+                "p10_ms": timing.p10 / share,
+                "p90_ms": timing.p90 / share,
+                "n": timing.n,
+                "times_as_fast_as_vitrail_fp32": timings[BASELINE].median / timing.median,
+                "cosine_to_vitrail_fp32": cosines[label].get(stage),
+                "export_s": seconds[label.split()[1]] if label.startswith("onnx") else None,
+            }
+            for label, timing in timings.items()
+        ]
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=sorted(REPEATS), default=["nano", "1b"])
+    parser.add_argument("--repeats", type=int, help="timed rounds a stage; each model has its own default")
+    parser.add_argument("--context", type=int, default=320, help="tokens of the prompt, one tile's among them")
+    parser.add_argument("--steps", type=int, default=16, help="tokens that a decode call makes")
+    parser.add_argument("--out", help="folder of the JSON; bench/results/<device> by default")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+            repeats = arguments.repeats or REPEATS[name]
+            rows += measure_case(name, Path(scratch), repeats, arguments.context, arguments.steps)
+    for row in rows:
+        print(
+            f"{row['model']:5} {row['stage']:16} {row['contender']:17} {row['ms']:9.2f} ms, "
+            f"{row['times_as_fast_as_vitrail_fp32']:.2f} times as fast as {BASELINE}"
+        )
+    path = write_results(
+        results_path("export", arguments.out),
+        rows,
+        title="Exported graphs in onnxruntime and vitrail's own modules, on a CPU",
+        notes="Medians of one run; every contender with the same number of threads.",
+    )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

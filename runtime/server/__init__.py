@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: `vitrail serve` (docs/server.md). Needs the extra `server`."""
