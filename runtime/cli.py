@@ -306,6 +306,7 @@ def doctor(as_json: AsJson = False) -> None:
         "pdf": ("pypdfium2",),
         "structured": ("llguidance",),
         "server": ("fastapi", "uvicorn", "prometheus-client"),
+        "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
         "ray": ("ray",),
     }
     report: dict[str, Any] = {

@@ -133,7 +133,7 @@ def test_without_the_extension_the_wheel_is_for_every_machine(wheel: Path) -> No
 
 
 def test_what_cannot_be_compiled_costs_the_extension_alone(tmp_path: Path) -> None:
-    printed = build(tmp_path, "build_wheel", CC="no-such-compiler", CXX="no-such-compiler")
+    printed = build(tmp_path, "build_wheel", CC="no-such-compiler", CXX="no-such-compiler", VITRAIL_WERROR="0")
     assert "vitrail: the C++ extension is not built: " in printed
     assert not {name for name in names(next((tmp_path / "out").glob("*.whl"))) if name.endswith(".so")}
 

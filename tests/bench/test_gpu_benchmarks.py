@@ -89,7 +89,9 @@ def test_the_waterfall_swaps_techniques_for_plain_torch_and_back() -> None:
         plain = model.vision_model(tiles)
     assert all(getattr(module, name) is before for (module, name), before in names.items())
     with torch.inference_mode():
-        assert torch.equal(model.vision_model(tiles), plain)
+        expected = model.vision_model(tiles)
+    # On a CPU RMSNorm is C++, whose sums come in another order.
+    assert (plain - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")

@@ -108,7 +108,7 @@ VALUE_FAULTS = {
         *(
             dequantize,
             check_dequantize,
-            "scales, zeros = _scales_and_zeros(tl.load(scale_words_ptrs + step // steps_per_group * 16))",
+            "scales, zeros = _scales_and_zeros(tl.load(scale_words_ptrs + step // units_per_group * 16))",
         ),
         "scales, zeros = _scales_and_zeros(tl.load(scale_words_ptrs))",
     ),

@@ -582,7 +582,6 @@ def test_a_checkpoint_loads_in_half_precision(folder, dtype):
 @pytest.mark.parametrize(
     "option",
     [
-        {"vision_backend": "tensorrt"},
         {"vision_devices": ["cuda:0"]},
         {"llm_devices": ["cuda:1"]},
         {"placement": "split"},
