@@ -1,13 +1,13 @@
 """Quantised models against the same weights as they were: CPU side by side with other runtimes, and one GPU.
 
-    python bench/quantised.py [--device cpu|cuda] [--context 512] [--repeats N] [--out DIR]
+    python bench/quantised.py [--device cpu|cuda] [--context 512] [--repeats N] [--no-onnxruntime] [--out DIR]
 
 CPU: a random model of Qwen2-0.5B's shape, the language half of InternVL2-1B: prefill of `--context` tokens, and one
 token of one sequence behind as many. vitrail in fp32, bf16, int8 and int4 (quantised rows compute the rest in fp32, and
 quantise the head too, as llama.cpp does); transformers in fp32 and bf16 on the same tensors; llama.cpp in Q8_0 and Q4_0
 where `llama-cpp-python` and `gguf` are installed: the file is made of the same weights; onnxruntime in int8, where it
-is installed, of transformers' export (`onnx_peer.py`). All with the same number of threads. Marks, against transformers
-in fp32: decode int8 2.5 times, int4 4 times.
+is installed, of transformers' export (`onnx_peer.py`), which takes minutes to make. All with the same number of
+threads. Marks, against transformers in fp32: decode int8 2.5 times, int4 4 times.
 
 GPU: InternViT-6B of seven tiles in int8 and fp8, the inputs of fc2 with scales known beforehand as `vitrail quantize`
 writes them, and decode of InternLM2-20B in int4, each against our bf16 with CUDA graphs; `share` is of the time that
@@ -95,7 +95,7 @@ class Sequence1:
 
 
 def cpu_contenders(
-    config: InternVLConfig, context: int, folder: Path
+    config: InternVLConfig, context: int, folder: Path, *, with_onnx: bool
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
     """Prefill and decode of every runtime, all of the same weights; their first logits are near one another."""
     prefill: dict[str, Callable[[], Any]] = {}
@@ -114,7 +114,7 @@ def cpu_contenders(
         ours(f"vitrail {label}", model)
         peer = _Peer(transformers_model(model, image_token_id=0), tokens)
         add(f"transformers {label}", peer.prefill, peer.decode)
-        if label == "fp32" and all(map(find_spec, PACKAGES)):
+        if label == "fp32" and with_onnx:
             onnx = OnnxPeer(peer.model, tokens, folder)
             add("onnxruntime int8", onnx.prefill, onnx.decode)
         if label == "fp32" and find_spec("llama_cpp") is not None and find_spec("gguf") is not None:
@@ -285,30 +285,31 @@ def check_alike(contenders: Mapping[str, Callable[[], Any]]) -> None:
             raise RuntimeError(f"{name} runs another model than {BASELINE}: cosine of logits {cosine:.3f}")
 
 
-def missing_peers() -> str:
-    """What could not take part, as a sentence."""
+def missing_peers(*, with_onnx: bool) -> str:
+    """What did not take part, as a sentence."""
     peers = {"llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, "onnxruntime": {p: p for p in PACKAGES}}
     absent = [
         f"{peer} ({' and '.join(packages.values())})"
         for peer, packages in peers.items()
-        if not all(map(find_spec, packages))
+        if not all(map(find_spec, packages)) or (peer == "onnxruntime" and not with_onnx)
     ]
     return f"Not measured: {', '.join(absent)}." if absent else ""
 
 
-def measure_cpu(context: int, repeats: int, out: str | None) -> list[str]:
+def measure_cpu(context: int, repeats: int, out: str | None, *, with_onnx: bool) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        prefill, decode = cpu_contenders(language_only(INTERNVL2_5_1B), context, Path(folder))
+        prefill, decode = cpu_contenders(language_only(INTERNVL2_5_1B), context, Path(folder), with_onnx=with_onnx)
         check_alike(prefill)
         check_alike(decode)
         first = compare(prefill, warmup=1, repeats=max(1, repeats // 4), device="cpu")
         then = compare(decode, warmup=2, repeats=repeats, device="cpu")
     rows = cpu_rows(first, then, context)
+    absent = missing_peers(with_onnx=with_onnx)
     path = write_results(
         results_path("quantised", out),
         rows,
         title="Qwen2-0.5B shape on a CPU, random weights",
-        notes=f"Heads: bf16 and fp32 as the rest, int8 in vitrail's quantised rows. {missing_peers()}",
+        notes=f"Heads: bf16 and fp32 as the rest, int8 in vitrail's quantised rows. {absent}",
     )
     for row in rows:
         print(
@@ -500,13 +501,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, help="tokens; 512 on a CPU, 2048 on a GPU")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-onnxruntime", action="store_true", help="leave onnxruntime out")
     parser.add_argument("--out", help="folder of the JSON; bench/results/<device> by default")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda":
         require_gpu()
         missed = measure_gpu(arguments.context or 2048, arguments.repeats, arguments.out)
     else:
-        missed = measure_cpu(arguments.context or 512, arguments.repeats, arguments.out)
+        with_onnx = not arguments.no_onnxruntime and all(map(find_spec, PACKAGES))
+        missed = measure_cpu(arguments.context or 512, arguments.repeats, arguments.out, with_onnx=with_onnx)
     for text in missed:
         print(f"quantised: {text}", file=sys.stderr)
     return 1 if missed else 0
