@@ -28,8 +28,8 @@ from vitrail.bench.models import INTERNVL2_5_1B, random_model
 from vitrail.export.calibration import Prompt
 from vitrail.export.description import context_token_id
 from vitrail.export.generation import OnnxChat
-from vitrail.export.manifest import read_manifest
 from vitrail.export.onnx import Options, export_onnx
+from vitrail.runtime.backends.manifest import read_manifest
 from vitrail.runtime.config import InternVLConfig, load_config
 from vitrail.runtime.engine.runner import Runner
 from vitrail.runtime.layers.kv_cache import BLOCK_SIZE

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..runtime.backends.manifest import Parameters
 from ..runtime.checkpoint_map import TOWER_PREFIX, canonical_name, pack_order
 from ..runtime.config import InternVLConfig, LlavaConfig, ModelConfig
 from ..runtime.errors import CheckpointError
@@ -16,7 +17,6 @@ from ..runtime.layers.linear import LinearLayer, replace_weight
 from ..runtime.quantization.formats.detect import stored_format
 from ..runtime.quantization.weight import QuantizedWeight, concatenate
 from ..runtime.weights import find_shards, open_safetensors, read_pickled
-from .manifest import Parameters
 
 
 class Checkpoint:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.backends.manifest import Manifest
 from ..runtime.backends.onnx_session import onnxruntime
-from .manifest import Manifest
 
 Array = npt.NDArray[Any]
 

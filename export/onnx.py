@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..runtime.backends.manifest import MANIFEST, Manifest, Part, file_sha256
 from ..runtime.config import ContrastiveConfig, InternVLConfig, VisionConfig, load_any_config
 from ..runtime.errors import CheckpointError, ConfigError, UnsupportedError
 from ..runtime.quantization.config import QuantizationConfig
@@ -19,7 +20,6 @@ from . import description
 from .calibration import Prompt, input_ranges
 from .checkpoint import Checkpoint
 from .folder import check_space, new_folder
-from .manifest import MANIFEST, Manifest, Part, file_sha256
 from .packages import require
 from .parts import build_part, chosen_parts, owns
 from .rounding import Quantization

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.rope import apply_rope, rotary_table
+from ..runtime.backends.manifest import TensorSpec
 from ..runtime.config import ContrastiveConfig, InternVLConfig, ModelConfig
 from ..runtime.errors import UnsupportedError
 from ..runtime.layers.rotary import inverse_frequencies
@@ -20,7 +21,6 @@ from ..runtime.models.contrastive import ContrastiveModel, Mode
 from ..runtime.models.decoder import Attention, Layer
 from ..runtime.models.internvl import InternVLModel
 from ..runtime.weights import Model, make_model
-from .manifest import TensorSpec
 
 # The largest batch of the decoder and of contrastive parts that is promised to runtimes which plan for one.
 MAX_BATCH = 64

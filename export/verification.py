@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..runtime.backends.manifest import Manifest, Part, read_manifest
 from ..runtime.config import load_any_config
 from ..runtime.errors import CheckpointError
 from ..runtime.layers.kv_cache import BLOCK_SIZE, KVBatch, KVCache
@@ -31,7 +32,6 @@ from ..runtime.weights import Model, make_model, resolve_checkpoint
 from .calibration import Prompt
 from .checkpoint import Checkpoint
 from .generation import OnnxChat, open_graph
-from .manifest import Manifest, Part, read_manifest
 from .packages import require
 from .parts import chosen_parts, owns
 from .rounding import INPUT_SCALE

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ..export.calibration import Prompt
-from ..export.manifest import read_manifest
 from ..export.verification import Cases, verify
 from .api import Runtime
+from .backends.manifest import read_manifest
 from .calibration import prepare_examples, read_examples
 from .config import ContrastiveConfig, InternVLConfig, load_any_config
 from .engine.processor import Processor

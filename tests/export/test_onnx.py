@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from vitrail.export.generation import OnnxChat
-from vitrail.export.manifest import MANIFEST, read_manifest
 from vitrail.export.onnx import export_onnx
 from vitrail.export.trace import MODULE
 from vitrail.export.verification import Cases, verify
 from vitrail.runtime import Runtime
+from vitrail.runtime.backends.manifest import MANIFEST, read_manifest
 from vitrail.runtime.config import load_config, parse_any_config
 from vitrail.runtime.errors import CheckpointError
 from vitrail.runtime.quantization.methods import quantize_weight

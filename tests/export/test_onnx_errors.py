@@ -15,10 +15,10 @@ from torch import nn
 
 from vitrail.export import folder as folder_module
 from vitrail.export import onnx as exporter
-from vitrail.export.manifest import TensorSpec
 from vitrail.export.onnx import Options, export_onnx
 from vitrail.export.parts import Export
 from vitrail.export.trace import trace
+from vitrail.runtime.backends.manifest import TensorSpec
 from vitrail.runtime.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError, VitrailError
 from vitrail.runtime.weights import NANO
 

@@ -14,8 +14,8 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from vitrail.export.full_precision import in_float32
-from vitrail.export.manifest import MANIFEST, file_sha256, read_manifest
 from vitrail.export.verification import REPORT, Comparison
+from vitrail.runtime.backends.manifest import MANIFEST, file_sha256, read_manifest
 from vitrail.runtime.weights import NANO
 
 from ..runtime.command_line import vitrail
