@@ -9,7 +9,7 @@ import pytest
 
 from vitrail.runtime.server import exchange, logs
 
-from .conftest import ask, data_url
+from .conftest import ask, data_url, wait_until
 
 KEYS = ("first-key", "second-kéy")
 
@@ -142,10 +142,17 @@ def test_what_does_not_exist_is_told_in_openais_form(server):
         assert response.json()["error"]["message"]
 
 
+def the_record(caplog, is_it):
+    """The one record; the server's thread writes of a request only after the caller has the answer."""
+    wait_until(lambda: any(map(is_it, caplog.records)), "the log has the record")
+    [record] = filter(is_it, caplog.records)
+    return record
+
+
 def test_the_log_has_ids_and_numbers_and_no_content(server, caplog):
     with caplog.at_level(logging.INFO, logger="vitrail.server"):
         server.post("/v1/chat/completions", ask("a secret question"), **{"x-request-id": "logged"})
-    [record] = [record for record in caplog.records if record.fields.get("request_id") == "logged"]
+        record = the_record(caplog, lambda record: record.fields.get("request_id") == "logged")
     assert record.fields["status"] == 200
     assert record.fields["prompt_tokens"] > 0
     assert "secret" not in repr(record.__dict__)
@@ -155,7 +162,7 @@ def test_the_log_has_content_if_it_is_asked_for(make_server, caplog):
     server = make_server(log_content=True)
     with caplog.at_level(logging.INFO, logger="vitrail.server"):
         text = server.chat("a secret question").json()["choices"][0]["message"]["content"]
-    [record] = [record for record in caplog.records if "prompts" in record.fields]
+        record = the_record(caplog, lambda record: "prompts" in record.fields)
     assert "a secret question" in record.fields["prompts"][0]
     assert record.fields["answers"] == [text]
 
@@ -189,8 +196,8 @@ def test_what_fails_inside_stands_in_the_log_with_its_id(server, monkeypatch, ca
     monkeypatch.setattr(server.service.runtime, "submit", broken)
     with caplog.at_level(logging.ERROR, logger="vitrail.server"):
         response = server.post("/v1/chat/completions", ask(), **{"x-request-id": "failing"})
+        record = the_record(caplog, lambda record: record.levelno == logging.ERROR)
     assert "the reason" not in response.text
-    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert record.fields["request_id"] == "failing"
     assert "the reason" in str(record.exc_info[1])
 
@@ -211,7 +218,8 @@ def test_log_lines_are_json():
         root.handlers[:] = before
         root.setLevel(level)
         logging.captureWarnings(False)
-    first, second, third = map(json.loads, stream.getvalue().splitlines())
+    lines = map(json.loads, stream.getvalue().splitlines())
+    first, second, third = (line for line in lines if line["event"] != "request")  # a server of another test's
     assert (first["event"], first["number"], first["text"], first["level"]) == ("an event", 1, "a\nb", "info")
     assert "ValueError: x" in second["traceback"]
     assert (third["event"], third["logger"], third["level"]) == ("of another", "other", "warning")
