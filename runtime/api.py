@@ -21,6 +21,7 @@ from .config import InternVLConfig, VisionConfig, load_any_config
 from .contrastive import ContrastiveCalls
 from .engine.engine import Engine, request_usage
 from .engine.processor import Conversation, Picture, Prepared, Processor
+from .engine.runner import Runner
 from .engine.sequence import Request
 from .errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError, VitrailError
 from .features import Images, as_list
@@ -118,21 +119,24 @@ class Runtime(ContrastiveCalls):
             max_images=read_image_limit(limit_mm_per_prompt),
             max_model_len=self.max_model_len,
         )
-        engine = Engine(
+        runner = Runner(
             model,
+            max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
+            max_model_len=self.max_model_len,
+            enforce_eager=enforce_eager or not capturable(model),
+            exact=deterministic,
+            cache_dtype=read_cache_dtype(kv_cache_dtype),
+        )
+        engine = Engine(
+            runner,
             tokenizer,
             processor,
             context_token_id=_control_id(tokenizer, model.config.context_token),
             stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(processor.template)),
-            max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
-            max_model_len=self.max_model_len,
             max_num_batched_tokens=at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             gpu_memory_utilization=read_share("gpu_memory_utilization", gpu_memory_utilization),
             enable_prefix_caching=enable_prefix_caching,
             vision_cache_bytes=int(_read_size("vision_cache_gb", vision_cache_gb) * 1e9),
-            enforce_eager=enforce_eager or not capturable(model),
-            cache_dtype=read_cache_dtype(kv_cache_dtype),
-            deterministic=deterministic,
             revision=f"{name}@{revision}",
         )
         self._chat = (processor, engine)

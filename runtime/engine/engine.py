@@ -18,7 +18,6 @@ from torch import Tensor
 from ..errors import CapacityError, InvalidRequestError, VitrailError
 from ..layers.kv_cache import BLOCK_SIZE
 from ..layers.rotary import inverse_frequencies
-from ..models.internvl import InternVLModel
 from ..request import FinishReason, GenerationConfig, StreamDelta, Usage
 from ..sampler import Sampled, SamplingState, StopChecker, sample
 from ..structured import Grammars
@@ -37,59 +36,47 @@ from .vision_stage import VisionStage
 
 
 class Engine:
-    """Runs prepared requests on one model. Thread-safe.
+    """Runs prepared requests on the model of a runner. Thread-safe.
 
-    `revision` names the model in the keys of caches. With `deterministic` every pass has a shape that the request alone
-    decides, so that its greedy answer is the same to the bit whatever runs beside it.
+    `revision` names the model in the keys of caches. With an `exact` runner every pass has a shape that the request
+    alone decides, so that its greedy answer is the same to the bit whatever runs beside it.
     """
 
     def __init__(
         self,
-        model: InternVLModel,
+        runner: Runner,
         tokenizer: Tokenizer,
         processor: Processor,
         *,
         context_token_id: int,
         stop_token_ids: frozenset[int],
-        max_num_seqs: int,
-        max_model_len: int,
         max_num_batched_tokens: int = 8192,
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         vision_cache_bytes: int = 2**30,
-        enforce_eager: bool = False,
-        cache_dtype: torch.dtype | None = None,
-        deterministic: bool = False,
         revision: str = "",
     ) -> None:
-        self.config = model.config
+        self.runner = runner
+        self.config = runner.config
+        self.device = runner.device
+        self.max_num_seqs = runner.max_num_seqs
+        self.max_model_len = runner.max_model_len
         self.tokenizer = tokenizer
         self.processor = processor
         self.context_token_id = context_token_id
         self.stop_token_ids = stop_token_ids
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
         self.revision = revision
         self.recorder = Recorder()
         self.vision_cache = VisionCache(vision_cache_bytes)
         self.grammars = Grammars(tokenizer, self.config.llm.vocab_size, stop_token_ids)
-        self.runner = Runner(
-            model,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            enforce_eager=enforce_eager,
-            exact=deterministic,
-            cache_dtype=cache_dtype,
-        )
-        self.device = self.runner.device
-        self.runner.warm_up_vision()
-        self.blocks = first_blocks(self.runner, gpu_memory_utilization)
+        runner.warm_up_vision()
+        self.blocks = first_blocks(runner, gpu_memory_utilization)
         self.scheduler: Scheduler[Request] = Scheduler(
             self.blocks,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=runner.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
-            exact=deterministic,
+            exact=runner.exact,
         )
         self.closed = False
         self._requests: dict[str, Request] = {}
