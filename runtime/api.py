@@ -23,6 +23,7 @@ from .engine.engine import Engine, request_usage
 from .engine.processor import Conversation, Picture, Prepared, Processor
 from .engine.runner import Runner
 from .engine.sequence import Request
+from .engine.vision_cache import VisionCache
 from .errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError, VitrailError
 from .features import Images, as_list
 from .image import ImageLimits, ImageSource
@@ -136,7 +137,7 @@ class Runtime(ContrastiveCalls):
             max_num_batched_tokens=at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             gpu_memory_utilization=read_share("gpu_memory_utilization", gpu_memory_utilization),
             enable_prefix_caching=enable_prefix_caching,
-            vision_cache_bytes=int(_read_size("vision_cache_gb", vision_cache_gb) * 1e9),
+            vision_cache=VisionCache(int(_read_size("vision_cache_gb", vision_cache_gb) * 1e9)),
             revision=f"{name}@{revision}",
         )
         self._chat = (processor, engine)

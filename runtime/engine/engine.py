@@ -53,7 +53,8 @@ class Engine:
         max_num_batched_tokens: int = 8192,
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
-        vision_cache_bytes: int = 2**30,
+        vision_cache: VisionCache | None = None,
+        recorder: Recorder | None = None,
         revision: str = "",
     ) -> None:
         self.runner = runner
@@ -66,8 +67,8 @@ class Engine:
         self.context_token_id = context_token_id
         self.stop_token_ids = stop_token_ids
         self.revision = revision
-        self.recorder = Recorder()
-        self.vision_cache = VisionCache(vision_cache_bytes)
+        self.recorder = recorder or Recorder()
+        self.vision_cache = vision_cache or VisionCache(2**30)
         self.grammars = Grammars(tokenizer, self.config.llm.vocab_size, stop_token_ids)
         runner.warm_up_vision()
         self.blocks = first_blocks(runner, gpu_memory_utilization)
@@ -84,7 +85,7 @@ class Engine:
         self._registry = threading.Lock()  # of new requests against closing
         self.turns = Turns(lambda: self._step())
         # Keys of images are of use only if something is cached.
-        self._names_images = enable_prefix_caching or vision_cache_bytes > 0
+        self._names_images = enable_prefix_caching or self.vision_cache.max_bytes > 0
         self.preparation = Preparation(
             processor,
             self.vision_cache if self._names_images else None,
