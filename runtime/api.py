@@ -19,9 +19,11 @@ from tqdm import tqdm
 from .backends.exported import ExportedVisionModel
 from .config import InternVLConfig, VisionConfig, load_any_config
 from .contrastive import ContrastiveCalls
+from .distributed.halves import Halves
 from .engine.engine import Engine, request_usage
 from .engine.processor import Conversation, Picture, Prepared, Processor
-from .engine.runner import Runner
+from .engine.recorder import Recorder
+from .engine.replicas import Replicas
 from .engine.sequence import Request
 from .engine.vision_cache import VisionCache
 from .errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError, VitrailError
@@ -72,6 +74,7 @@ class Runtime(ContrastiveCalls):
     A chat model generates; a contrastive one embeds, scores, classifies, matches and captions; a vision encoder on its
     own has features, as the others do. Any other call raises `UnsupportedError`.
     Calls may come from several threads; requests in flight together share batches.
+    halves: where the model is not all in this process, or there are several of it; `model` is the first one's part.
     """
 
     def __init__(
@@ -94,10 +97,12 @@ class Runtime(ContrastiveCalls):
         media: MediaPolicy | None = None,
         revision: str | None = None,
         load_ms: float = 0.0,
+        halves: Sequence[Halves] = (),
     ) -> None:
         super().__init__(model, tokenizer, name=name, limits=image_limits or ImageLimits(), load_ms=load_ms)
         self.media = media or MediaPolicy()
-        self._chat: tuple[Processor, Engine] | None = None
+        self._halves: Sequence[Halves] = ()
+        self._chat: tuple[Processor, Engine | Replicas] | None = None
         if isinstance(model, VisionTower):
             return
         if tokenizer is None:
@@ -120,26 +125,26 @@ class Runtime(ContrastiveCalls):
             max_images=read_image_limit(limit_mm_per_prompt),
             max_model_len=self.max_model_len,
         )
-        runner = Runner(
-            model,
-            max_num_seqs=at_least_one("max_num_seqs", max_num_seqs),
-            max_model_len=self.max_model_len,
-            enforce_eager=enforce_eager or not capturable(model),
-            exact=deterministic,
-            cache_dtype=read_cache_dtype(kv_cache_dtype),
-        )
-        engine = Engine(
-            runner,
-            tokenizer,
-            processor,
-            context_token_id=_control_id(tokenizer, model.config.context_token),
-            stop_token_ids=_stop_token_ids(tokenizer, stop_tokens(processor.template)),
-            max_num_batched_tokens=at_least_one("max_num_batched_tokens", max_num_batched_tokens),
-            gpu_memory_utilization=read_share("gpu_memory_utilization", gpu_memory_utilization),
-            enable_prefix_caching=enable_prefix_caching,
-            vision_cache=VisionCache(int(_read_size("vision_cache_gb", vision_cache_gb) * 1e9)),
-            revision=f"{name}@{revision}",
-        )
+        limits = {
+            "max_num_seqs": at_least_one("max_num_seqs", max_num_seqs),
+            "max_model_len": self.max_model_len,
+            "enforce_eager": enforce_eager or not capturable(model),
+            "exact": deterministic,
+            "cache_dtype": read_cache_dtype(kv_cache_dtype),
+        }
+        shared = {
+            "context_token_id": _control_id(tokenizer, model.config.context_token),
+            "stop_token_ids": _stop_token_ids(tokenizer, stop_tokens(processor.template)),
+            "max_num_batched_tokens": at_least_one("max_num_batched_tokens", max_num_batched_tokens),
+            "gpu_memory_utilization": read_share("gpu_memory_utilization", gpu_memory_utilization),
+            "enable_prefix_caching": enable_prefix_caching,
+            "vision_cache": VisionCache(int(_read_size("vision_cache_gb", vision_cache_gb) * 1e9)),
+            "recorder": Recorder(),
+            "revision": f"{name}@{revision}",
+        }
+        self._halves = halves or [Halves(model)]
+        engines = [Engine(one.runner(**limits), tokenizer, processor, **shared) for one in self._halves]
+        engine = engines[0] if len(engines) == 1 else Replicas(engines)
         self._chat = (processor, engine)
 
     @classmethod
@@ -528,6 +533,8 @@ class Runtime(ContrastiveCalls):
         """Abort what runs and let go of the model. Later calls raise `InvalidRequestError`."""
         if self._chat is not None:
             self.engine.close()
+            for one in self._halves:
+                one.close()
         if not self._closed and isinstance(self._model, ExportedVisionModel):
             self._model.session.close()
         super().close()
@@ -540,11 +547,11 @@ class Runtime(ContrastiveCalls):
         return self._chat_parts()[0]
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | Replicas:
         """What runs the requests of a chat model."""
         return self._chat_parts()[1]
 
-    def _chat_parts(self) -> tuple[Processor, Engine]:
+    def _chat_parts(self) -> tuple[Processor, Engine | Replicas]:
         if self._chat is None:
             self._check_open()
             require_chat(self._model.config, self.name)

@@ -12,6 +12,7 @@ class Image:
     """The place of an image in a prompt, and how many of its tiles have become visual tokens.
 
     key: 32 bytes that name what the model sees; two images of one key are the same image.
+    num_sent: tiles given to the vision half; num_encoded: those, from the first on, whose visual tokens are there.
     kept: its visual tokens stay at hand whatever happens to the request.
     """
 
@@ -19,6 +20,7 @@ class Image:
     num_tokens: int
     num_tiles: int
     key: bytes = b""
+    num_sent: int = 0
     num_encoded: int = 0
     kept: bool = False
 
@@ -29,6 +31,10 @@ class Image:
     @property
     def tokens_per_tile(self) -> int:
         return self.num_tokens // self.num_tiles
+
+    @property
+    def num_unsent(self) -> int:
+        return 0 if self.kept else self.num_tiles - self.num_sent
 
     @property
     def available(self) -> int:
@@ -101,9 +107,12 @@ class RequestState:
 R = TypeVar("R", bound=RequestState)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles(Generic[R]):
-    """Tiles first .. first + count of the image at `place` of a request, to be encoded."""
+    """Tiles first .. first + count of the image at `place` of a request, to be encoded.
+
+    Sent again after a preemption, the same tiles are another of these.
+    """
 
     request: R
     place: int

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ class Engine:
         with self.turns.turn():
             self._step()
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> dict[str, dict[str, Any]]:
         """What happened so far and what is there now, in plain types."""
         counts, seconds = self.recorder.snapshot()
         blocks, cache = self.blocks, self.vision_cache
@@ -255,6 +256,25 @@ class Engine:
             },
             "vision_cache": {"bytes": cache.num_bytes, "hits": cache.hits, "misses": cache.misses},
         }
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not done."""
+        return len(self._requests)
+
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this name is not done."""
+        return request_id in self._requests
+
+    @property
+    def reading(self) -> bool:
+        """Whether images are being read."""
+        return bool(self.preparation.loading)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the thread that drives in the background has ended though there is work."""
+        return self.turns.broken
 
     @property
     def running(self) -> list[tuple[Request, Sequence]]:

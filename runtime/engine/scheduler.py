@@ -5,6 +5,9 @@ allows; a tile counts as the visual tokens it becomes. While something decodes t
 the wait between two tokens of an answer is bounded whatever arrives.
 Requests are served in the order of their arrival. Blocks are lent as tokens come; when none is left, the request that
 came last gives its own back and runs again later, its tokens known (preemption by recompute).
+
+Where the vision half has devices of its own, tiles cost a step nothing. They are sent as soon as it has room for them,
+those of running requests first, and chunks of prompts wait for what comes back.
 """
 
 from bisect import insort
@@ -18,10 +21,15 @@ from .block_manager import BlockManager, block_key
 # Prompt tokens, or tiles counted as their visual tokens, in a step in which others decode. On an A100 two tiles of
 # InternViT-6B take 98 ms, 512 tokens of InternLM2-20B 76 ms, and a decode step of 47 sequences 35 ms.
 CHUNK_TOKENS = 512
+_UNBOUNDED = 2**62
 
 
 def _arrival(request: RequestState) -> int:
     return request.arrival
+
+
+def _only_decodes(batch: Batch[R]) -> bool:
+    return bool(batch.chunks) and all(chunk.decodes for chunk in batch.chunks)
 
 
 class Scheduler(Generic[R]):
@@ -29,6 +37,9 @@ class Scheduler(Generic[R]):
 
     exact: every pass is of a shape that the request alone decides. Chunks end at multiples of `chunk_tokens` and are
     shared whole or not at all, and nothing is preempted: room for the longest answer is counted at admission.
+    chunk_tokens: the budget of a step in which others decode.
+    tiles_in_flight: how many tiles the vision half's own devices hold at once; `arrived` says what has come back.
+    None: the halves share a device.
     """
 
     def __init__(
@@ -39,16 +50,21 @@ class Scheduler(Generic[R]):
         max_num_batched_tokens: int = 8192,
         enable_prefix_caching: bool = True,
         exact: bool = False,
+        chunk_tokens: int = CHUNK_TOKENS,
+        tiles_in_flight: int | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.exact = exact
+        self.tiles_in_flight = tiles_in_flight
         size = blocks.block_size
-        self.chunk_tokens = max(size, min(CHUNK_TOKENS, max_num_batched_tokens) // size * size)
+        self._budget_beside = min(chunk_tokens, max_num_batched_tokens)
+        self.chunk_tokens = max(size, self._budget_beside // size * size)
         self.waiting: list[R] = []
         self.running: list[R] = []
+        self._in_flight: dict[Tiles[R], bool] = {}  # in the order they were sent; whether their request wants them yet
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
@@ -58,6 +74,11 @@ class Scheduler(Generic[R]):
     def num_rows(self) -> int:
         """Rows that running requests take or will take."""
         return sum(request.num_rows for request in self.running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Tiles that were sent and have not come back, wanted or not."""
+        return sum(tiles.count for tiles in self._in_flight)
 
     # --- what happens to requests ---
 
@@ -72,6 +93,7 @@ class Scheduler(Generic[R]):
                 queue.remove(request)
         for sequence in request.sequences:
             self.blocks.free(sequence)
+        self._give_up_tiles(request)
 
     def finish(self, sequence: SequenceState) -> None:
         """Take back the blocks of a sequence that is done; its request may have others."""
@@ -84,9 +106,30 @@ class Scheduler(Generic[R]):
             sequence.num_computed = 0
         for image in request.images:
             if not image.kept:
-                image.num_encoded = 0
+                image.num_sent = image.num_encoded = 0
+        self._give_up_tiles(request)
         self.running.remove(request)
         self.add(request)
+
+    def arrived(self, tiles: Tiles[R]) -> bool:
+        """Note that tiles have come back, as tokens or not. Returns whether anybody still waits for these very ones."""
+        wanted = self._in_flight.pop(tiles)
+        if wanted:
+            image = tiles.request.images[tiles.place]
+            # Devices overtake one another: tokens behind a gap are not counted before it is closed.
+            image.num_encoded = min(
+                (other.first for other in self._on_the_way(tiles.request) if other.place == tiles.place),
+                default=image.num_sent,
+            )
+        return wanted
+
+    def _on_the_way(self, request: R) -> list[Tiles[R]]:
+        return [tiles for tiles, wanted in self._in_flight.items() if wanted and tiles.request is request]
+
+    def _give_up_tiles(self, request: R) -> None:
+        """What is on its way for a request will be ignored; until it comes it takes room."""
+        for tiles in self._on_the_way(request):
+            self._in_flight[tiles] = False
 
     def update(self, chunk: Chunk[R]) -> None:
         """Note that a chunk has been run: its full blocks can be shared, and after the prompt its rows part."""
@@ -108,19 +151,27 @@ class Scheduler(Generic[R]):
         """What to run next; empty if nothing can."""
         batch: Batch[R] = Batch()
         self._decode(batch)
-        budget = self.max_num_batched_tokens
-        if batch.chunks:
-            budget = min(budget, CHUNK_TOKENS)
-        left = budget
+        left = self._prefill_all(batch)
+        if self.tiles_in_flight is not None:
+            left = _UNBOUNDED
+            for request in self.running:
+                start = min((sequence.num_computed for sequence in request.live), default=0)
+                self._encode(request, start, batch, left, whole=False)
+        if left > 0:
+            self._encode_ahead(batch, left)
+        return batch
+
+    def _prefill_all(self, batch: Batch[R]) -> int:
+        """Prompts, and tiles on the way to them, beside those who decode. Returns what is left of the step's budget."""
+        left = budget = self._budget_beside if batch.chunks else self.max_num_batched_tokens
         decoding = {request.sequences[chunk.index] for chunk in batch.chunks for request in (chunk.request,)}
         for request in chain(list(self.running), self._admitted()):
             pending = [sequence for sequence in request.live if sequence not in decoding]
             if pending:
                 left = self._prefill(request, pending, batch, left, whole=left == budget)
             if left <= 0:
-                return batch
-        self._encode_ahead(batch, left)
-        return batch
+                break
+        return left
 
     def _decode(self, batch: Batch[R]) -> None:
         """One token of every sequence that has one to run, the requests that came last making room where it must be."""
@@ -181,14 +232,18 @@ class Scheduler(Generic[R]):
 
         Returns what is left of the budget; whole: all of it is there.
         """
-        left = self._encode(request, min(sequence.num_computed for sequence in pending), batch, left, whole=whole)
-        whole = whole and not batch.tiles
+        if self.tiles_in_flight is None:
+            start = min(sequence.num_computed for sequence in pending)
+            left = self._encode(request, start, batch, left, whole=whole)
+            whole = whole and not batch.tiles
         for sequence in pending:
             start, length = sequence.num_computed, request.length(sequence)
             end = min(length, self._available(request.images, start))
             if self.exact:
                 border = min(length, (start // self.chunk_tokens + 1) * self.chunk_tokens)
                 end = border if border <= end and (whole or border - start <= left) else start
+            elif self.tiles_in_flight is not None and end < min(length, start + left) and _only_decodes(batch):
+                end = start  # more is on its way: a pass with prompts in it costs others so much that it must be worth it
             else:
                 end = min(end, start + left)
             if end > start:
@@ -198,26 +253,40 @@ class Scheduler(Generic[R]):
         return left
 
     def _encode(self, request: R, start: int, batch: Batch[R], left: int, *, whole: bool) -> int:
-        """Tiles of the images that stand behind `start`; one at least if the `whole` budget is there."""
+        """Tiles of the images that stand behind `start`; one at least if the `whole` budget is there.
+
+        Returns what is left of the budget.
+        """
         for place, image in enumerate(request.images):
-            missing = image.num_tiles - image.num_encoded
-            if image.end <= start or not missing:
+            if image.end <= start or not image.num_unsent:
                 continue
-            count = min(missing, max(left // image.tokens_per_tile, int(whole)))
+            count = min(image.num_unsent, max(left // image.tokens_per_tile, int(whole)))
+            if self.tiles_in_flight is not None:
+                count = min(count, self.tiles_in_flight - self.num_in_flight)
             if count <= 0:
                 break
-            batch.tiles.append(Tiles(request, place, image.num_encoded, count))
-            image.num_encoded += count
+            self._send(Tiles(request, place, image.num_sent, count), batch)
             left -= count * image.tokens_per_tile
             whole = False
         return left
+
+    def _send(self, tiles: Tiles[R], batch: Batch[R]) -> None:
+        image = tiles.request.images[tiles.place]
+        image.num_sent += tiles.count
+        if self.tiles_in_flight is None:
+            image.num_encoded = image.num_sent
+            batch.tiles.append(tiles)
+            return
+        for first in range(tiles.first, image.num_sent):  # each by itself, for each comes back by itself
+            one = Tiles(tiles.request, tiles.place, first, 1)
+            self._in_flight[one] = True
+            batch.tiles.append(one)
 
     def _encode_ahead(self, batch: Batch[R], left: int) -> None:
         """Tiles of requests that still wait, so that they begin at once when there is room: a bounded number."""
         ahead = self.max_num_batched_tokens
         for request in self.waiting:
-            held = sum(image.available - image.start for image in request.images)
-            ahead -= held
+            ahead -= sum(image.num_sent * image.tokens_per_tile for image in request.images)
             if min(left, ahead) <= 0:
                 return
             cached = len(self._shared(request, request.live[0])) * self.blocks.block_size
@@ -229,7 +298,7 @@ class Scheduler(Generic[R]):
     def _available(images: list[Image], start: int) -> int:
         """The first position from `start` on whose visual token is not there."""
         missing = [image.available for image in images if image.end > start and image.num_encoded < image.num_tiles]
-        return max(start, min(missing)) if missing else 2**62
+        return max(start, min(missing)) if missing else _UNBOUNDED
 
     # --- shared prefixes ---
 
@@ -270,3 +339,15 @@ class Scheduler(Generic[R]):
                 table = self.blocks.table(sequence)
                 assert len(table) >= self.blocks.blocks_for(sequence.num_computed), "computed tokens without a block"
         assert owners == set(self.blocks._tables), "blocks of a sequence that does not run"
+        self._check_tiles()
+
+    def _check_tiles(self) -> None:
+        assert self.num_in_flight <= (self.tiles_in_flight or 0), "more tiles in flight than there is room for"
+        here = [*self.waiting, *self.running]
+        for request in here:
+            for place, image in enumerate(request.images):
+                away = sorted(tiles.first for tiles in self._on_the_way(request) if tiles.place == place)
+                assert 0 <= image.num_sent <= image.num_tiles
+                assert image.kept or image.num_encoded == (away[0] if away else image.num_sent), "tokens that are not there"
+        owners = {id(request) for request in here}
+        assert all(id(tiles.request) in owners for tiles, wanted in self._in_flight.items() if wanted)

@@ -23,6 +23,7 @@ import torch
 
 from ..api import Runtime
 from ..engine.engine import Engine
+from ..engine.replicas import Replicas
 from ..engine.sequence import Request
 from ..media import MediaPolicy
 from ..models.contrastive import ContrastiveModel
@@ -270,10 +271,10 @@ class Service:
         now = perf_counter()
         flying = [flight for flight in self.flights if flight.requests and not flight.finished]
         steps = runtime.engine.recorder.counts["steps"]
-        reading = bool(runtime.engine.preparation.loading)  # which has a deadline of its own
+        reading = runtime.engine.reading  # which has a deadline of its own
         if steps != self._steps or not flying or reading:
             self._steps, self._moved = steps, now
-        if runtime.engine.turns.broken:
+        if runtime.engine.broken:
             self.die("the engine's thread has ended")
         elif now - self._moved > self.settings.stall_timeout:
             self.die("the engine stands still")
@@ -428,7 +429,7 @@ class Service:
             self.failure = error.__cause__
             self.die("the device failed")
 
-    def _engine(self) -> Engine:
+    def _engine(self) -> Engine | Replicas:
         assert self._runtime is not None
         return self._runtime.engine
 
