@@ -89,7 +89,7 @@ $(VENV)/.base: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing what the tests need ..."
-	@$(PIP) -e ".[dev,export,otel,pdf,server,structured,tensorrt,video]"
+	@$(PIP) -e ".[dev,export,otel,pdf,ray,server,structured,tensorrt,video]"
 	@if [ "$$(uname)" = Linux ]; then $(PIP) -e ".[cuda]"; \
 		nvidia-smi -L >/dev/null 2>&1 || $(PIP) --no-deps triton==$(TRITON); fi
 	@touch $@

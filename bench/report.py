@@ -17,6 +17,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
+SIMULATED = "simulated"  # the folder of results that no device had a part in
 REGION = re.compile(
     r"(?P<open><!-- results:(?P<name>[\w-]+)(?: columns=(?P<columns>[\w,]+))? -->\n).*?(?P<close><!-- end -->)",
     re.DOTALL,
@@ -29,21 +30,28 @@ def refresh(text: str, results: Path) -> str:
     def region(match: re.Match[str]) -> str:
         columns = match["columns"].split(",") if match["columns"] else None
         files = sorted(results.glob(f"*/{match['name']}.json"))
-        tables = [render(json.loads(file.read_text(encoding="utf-8")), columns) for file in files]
+        tables = [
+            render(json.loads(file.read_text(encoding="utf-8")), columns, simulated=file.parent.name == SIMULATED)
+            for file in files
+        ]
         return match["open"] + "\n".join(tables or ["Not measured yet.\n"]) + match["close"]
 
     return REGION.sub(region, text)
 
 
-def render(document: Mapping[str, Any], columns: Sequence[str] | None = None) -> str:
-    """One results file as markdown: caption, table, and a line that says where and with what it was measured."""
+def render(document: Mapping[str, Any], columns: Sequence[str] | None = None, *, simulated: bool = False) -> str:
+    """One results file as markdown: caption, table, and a line that says where and with what it was measured.
+
+    simulated: on no device, whose name would say nothing.
+    """
     rows = document["rows"]
     keys = list(columns or dict.fromkeys(key for row in rows for key in row))
     lines = [f"**{document['title']}**", ""] if document.get("title") else []
     lines.append("| " + " | ".join(_heading(key) for key in keys) + " |")
     lines.append("|" + "|".join("---:" if _is_numeric(rows, key) else "---" for key in keys) + "|")
     lines += ["| " + " | ".join(_cell(key, row.get(key)) for key in keys) + " |" for row in rows]
-    lines += ["", " ".join(part for part in (document.get("notes"), _measured_on(document["environment"])) if part), ""]
+    origin = _simulated_by if simulated else _measured_on
+    lines += ["", " ".join(part for part in (document.get("notes"), origin(document["environment"])) if part), ""]
     return "\n".join(lines)
 
 
@@ -74,11 +82,19 @@ def _measured_on(environment: Mapping[str, Any]) -> str:
         machine += f", driver {environment['driver']}"
     versions = environment["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if name in versions)
-    commit = f", commit {environment['commit']}" if environment.get("commit") else ""
-    changed = " with local changes" if environment.get("dirty") else ""
     return (
-        f"Measured by `{environment['command']}` on {environment['date'][:10]}: {machine}; {software}{commit}{changed}."
+        f"Measured by `{environment['command']}` on {environment['date'][:10]}: {machine}; {software}"
+        f"{_commit(environment)}."
     )
+
+
+def _simulated_by(environment: Mapping[str, Any]) -> str:
+    return f"Simulated by `{environment['command']}` on {environment['date'][:10]}{_commit(environment)}."
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    commit = f", commit {environment['commit']}" if environment.get("commit") else ""
+    return commit + (" with local changes" if environment.get("dirty") else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

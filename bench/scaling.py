@@ -7,22 +7,23 @@
 *sweep*: InternVL-Chat-V1.5, 7 tiles, 64 + 256 tokens: requests a second by the planner's formula and by the scheduler
 in simulated time, to `bench/results/simulated/`. No GPU is timed: costs are the planner's. *calibrate*: what steps of
 the engine take on this device, timed from outside: a table of costs for `vitrail plan`, in `bench/results/<device>/`.
-*compare*: calibrates, then serves the same requests by the engine and by the simulator; exits with status 1 where
-throughput, mean TTFT or mean ITL differ by more than 15 %. Images are cut beforehand. Wants a quiet machine.
+*compare*: calibrates and serves requests in turn, then has the simulator serve the same requests; exits with status 1
+where throughput, mean TTFT or mean ITL differ by more than 15 %. Images are cut beforehand. Wants a quiet machine.
 """
 
 import argparse
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from vitrail.bench.harness import require_gpu, results_path, write_results
@@ -30,8 +31,8 @@ from vitrail.runtime.api import Runtime
 from vitrail.runtime.distributed.costs import Measured, causal_pairs, read_measured
 from vitrail.runtime.distributed.gpus import GPUS, find_gpu
 from vitrail.runtime.distributed.plan import make_planner
-from vitrail.runtime.distributed.planner import Planner
-from vitrail.runtime.distributed.simulator import Arrival, Deployment, Group, arrivals, simulated_capacity
+from vitrail.runtime.distributed.planner import Placement, Planner
+from vitrail.runtime.distributed.simulator import Arrival, Deployment, Group, arrivals, reduced, simulated_capacity
 from vitrail.runtime.distributed.workload import Kind, Workload, workload_of
 from vitrail.runtime.engine.block_manager import BlockManager
 from vitrail.runtime.engine.engine import Engine
@@ -61,19 +62,25 @@ def sweep_rows(gpu: str, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
     config = GEOMETRIES[model]
     for method, quantization in METHODS.items():
         planner, _ = make_planner(model, config, find_gpu(gpu), quantization, workload_of(config, [Kind(7, 64, 256)]))
-        # Replicas know nothing of one another: one stands for all of any number.
+        known: dict[tuple[Placement, int], float] = {}
         for count in counts:
-            yield from _rows_of(planner, method, count)
+            yield from _rows_of(planner, method, count, known)
 
 
-def _rows_of(planner: Planner, method: str, count: int) -> Iterator[dict[str, Any]]:
+def _rows_of(
+    planner: Planner, method: str, count: int, known: dict[tuple[Placement, int], float]
+) -> Iterator[dict[str, Any]]:
+    """known: what was simulated; parts of a deployment that are in proportion know nothing of one another."""
     seen = set()
     for one in planner.predictions(count):
         kind = "replicas" if one.placement.kind == "colocated" else one.placement.kind
         if kind in seen:
             continue
         seen.add(kind)
-        simulated = simulated_capacity(planner, one)
+        part, parts = reduced(one, 1)
+        if (part.placement, part.rows) not in known:
+            known[part.placement, part.rows] = simulated_capacity(planner, part)
+        simulated = parts * known[part.placement, part.rows]
         yield {
             "method": method,
             "gpus": count,
@@ -185,68 +192,129 @@ class Bench:
             self.engine.step()
         return requests
 
-    def first_step_ms(self, tokens: int, tiles: int = 0) -> float:
-        """The step that takes a whole request, whose answer is one token."""
-        times = []
-        for _ in range(self.repeats + 1):
-            self.submit(self.prepare(tokens, tiles), 1)
-            times.append(self.step_ms())
-        return median(times[1:])
+    def fresh_ms(self, prompts: int, tokens: int, tiles: int, *, wait: float = 0.0) -> float:
+        """The step that takes so many whole requests, whose answers are one token, after so many seconds of rest."""
+        prepared = [self.prepare(tokens, tiles) for _ in range(prompts)]
+        time.sleep(wait)
+        for one in prepared:
+            self.submit(one, 1)
+        return self.step_ms()
 
 
-def calibrate(
-    engine: Engine, *, rows: Sequence[int] = (1, 2, 4, 8, 16, 32), repeats: int = 7, context: int = 256
-) -> list[dict[str, Any]]:
-    """Rows of a table of costs: `Measured` says what they mean. No prompt is longer than the engine allows."""
-    bench = Bench(engine, repeats)
-    longest = min(engine.max_model_len - 256, 8192)
-    per_tile = engine.config.tokens_per_tile
-    found: list[dict[str, Any]] = []
-    lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if n <= longest]
-    prefill = {n: bench.first_step_ms(n) for n in lengths}
-    found += [{"stage": "prefill", "tokens": n, "ms": ms} for n, ms in prefill.items()]
-    lines = np.array(list(prefill.items()))
-    for tiles in (count for count in (1, 2, 4, 8, 16) if count * per_tile + 8 <= longest):
-        tokens = tiles * per_tile + 8
-        ms = bench.first_step_ms(tokens, tiles)
-        found.append({"stage": "vision", "tiles": tiles, "ms": ms - float(np.interp(tokens, *lines.T))})
-    chunks = (64, CHUNK_TOKENS)  # a pass is made for its longest: beside a short one rows may cost less
-    for count in rows:
-        requests = bench.decoding(count, context)
-        ms = median(bench.step_ms() for _ in range(2 * repeats))
-        # While it was timed, contexts have grown by as many tokens as steps were taken.
-        found.append({"stage": "decode", "rows": count, "ms": ms, "context": context + repeats})
-        for chunk in chunks:
-            times = []
-            for _ in range(repeats):
-                bench.submit(bench.prepare(chunk), 1)
-                times.append(bench.step_ms())
-            ms = max(0.0, median(times) - prefill[chunk])
-            found.append({"stage": "beside", "tokens": chunk, "rows": count, "ms": ms, "context": context + repeats})
-        bench.end(requests)
-    many, far = max(count for count in rows if count <= 8), longest - 4 * repeats
-    requests = bench.decoding(many, far)
-    longer = median(bench.step_ms() for _ in range(2 * repeats))
-    bench.end(requests)
-    near = next(row["ms"] for row in found if row["stage"] == "decode" and row["rows"] == many)
-    found.append({"stage": "kv", "ms": max(0.0, longer - near) / many / (far - context)})
-    found.append({"stage": "pair", "ms": _pair_ms(bench, longest)})
-    return found
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # small products differ from one number of rows to the next
+WAIT_S = 0.05  # after which caches and clock speed are those of a machine at rest
+CHUNKS = (64, CHUNK_TOKENS)  # a pass is made for its longest: beside a short one rows may cost less
+BESIDE = (*[0] * 6, CHUNKS[0], *[0] * 6, CHUNKS[1])  # steps with so many rows, one after the other
+MANY = 8  # prompts in a pass, to learn what each adds
 
 
-def _pair_ms(bench: Bench, longest: int) -> float:
-    """What a pair of positions costs, by the first and the last whole chunk of a prompt that comes beside one row."""
-    times: list[tuple[float, float]] = []
-    chunks = longest // CHUNK_TOKENS
-    for _ in range(bench.repeats):
-        row = bench.decoding(1, 16)
-        bench.submit(bench.prepare(chunks * CHUNK_TOKENS), 1)
-        steps = [bench.step_ms() for _ in range(chunks)]
-        times.append((steps[0], steps[-1]))
-        bench.end(row)
-    first, last = (median(column) for column in zip(*times, strict=True))
-    pairs = causal_pairs(CHUNK_TOKENS, chunks * CHUNK_TOKENS) - causal_pairs(CHUNK_TOKENS, CHUNK_TOKENS)
-    return max(0.0, last - first) / pairs if pairs else 0.0
+class Calibration:
+    """What steps of an engine take by their shape, timed from outside, in rounds over all shapes in random order.
+
+    Rounds, so that a machine that slows down for a while slows every shape. `rows` makes a table of costs of them;
+    `Measured` says what its columns mean.
+    """
+
+    def __init__(self, engine: Engine, *, rows: Sequence[int] = ROWS, context: int = 192) -> None:
+        self.bench = Bench(engine)
+        self.counts, self.context = sorted(rows, reverse=True), context
+        self.longest = min(engine.max_model_len - 256, 8192)
+        self.far = (max(count for count in rows if count <= 4), self.longest - 32)
+        self.lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if n <= self.longest]
+        # Tiles of one or several prompts: (prompts, tokens of each, tiles of each). Each also without its tiles.
+        per_tile = engine.config.tokens_per_tile
+        images = [(max(1, n // 8), min(n, 8) * per_tile + 8, min(n, 8)) for n in (1, 2, 4, 8, 16, 32)]
+        room = engine.scheduler.max_num_batched_tokens
+        fits = (tokens <= self.longest and many * (tokens + tiles * per_tile) <= room for many, tokens, tiles in images)
+        self.images = [image for image, fit in zip(images, fits, strict=True) if fit]
+        self.fresh = list(
+            {(1, n, 0) for n in self.lengths}
+            | {(MANY, 64, 0)}
+            | {(*one[:2], k) for one in self.images for k in (0, one[2])}
+        )
+        self.fresh_after_wait = [(1, 64, 0), self.images[0], self.images[min(2, len(self.images) - 1)]]
+        self.rounds: list[dict[tuple[str | int, ...], list[float]]] = []
+
+    def round(self) -> None:
+        """Time every shape, once or a few times."""
+        self.rounds.append({})
+        draw = self.bench.draw
+        for place in draw.permutation(len(self.fresh)):
+            self._note(self.fresh[place], self.bench.fresh_ms(*self.fresh[place]))
+        for shape in self.fresh_after_wait:
+            self._note(("wait", *shape), self.bench.fresh_ms(*shape, wait=WAIT_S))
+        rows = self.bench.decoding(self.counts[0], self.context)
+        for count in self.counts:
+            self.bench.end(rows[count:])
+            del rows[count:]
+            for chunk in BESIDE:
+                if chunk:
+                    self.bench.submit(self.bench.prepare(chunk), 1)
+                self._note(("beside", count, chunk), self.bench.step_ms())
+        self.bench.end(rows)
+        requests = self.bench.decoding(*self.far)
+        for _ in range(4):
+            self._note(("far",), self.bench.step_ms())
+        self.bench.end(requests)
+        row = self.bench.decoding(1, 16)
+        self.bench.submit(self.bench.prepare(self._chunks * CHUNK_TOKENS), 1)
+        for number in range(self._chunks):
+            self._note(("chunk", number), self.bench.step_ms())
+        self.bench.end(row)
+
+    def _context_of(self, rows: int) -> float:
+        """Tokens of a row, on average, when the steps of so many were timed."""
+        return self.context + (len(BESIDE) + 1) * (self.counts.index(rows) + 0.5)
+
+    @property
+    def _chunks(self) -> int:
+        """Of a prompt that comes beside one row."""
+        return max(1, self.longest // CHUNK_TOKENS)
+
+    def _note(self, shape: tuple[str | int, ...], ms: float) -> None:
+        self.rounds[-1].setdefault(shape, []).append(ms)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows of a table of costs, by the rounds so far."""
+        medians = {shape: median(chain.from_iterable(one[shape] for one in self.rounds)) for shape in self.rounds[0]}
+        # What single steps lose to the rest of the machine is spread over all: it is too rare for a mean of each.
+        lost = median(
+            sum(map(sum, one.values())) / sum(medians[shape] * len(times) for shape, times in one.items())
+            for one in self.rounds
+        )
+        ms = {shape: lost * value for shape, value in medians.items()}
+        first, last = ms["chunk", 0], ms["chunk", self._chunks - 1]
+        end = self._chunks * CHUNK_TOKENS
+        pairs = causal_pairs(CHUNK_TOKENS, end) - causal_pairs(CHUNK_TOKENS, CHUNK_TOKENS)
+        pair = max(0.0, last - first) / pairs if pairs else 0.0
+        # Beyond the longest prompt there are passes of several.
+        prompts = [(1, n) for n in self.lengths] + [(many, tokens) for many, tokens, _ in self.images if many > 1]
+        found: list[dict[str, Any]] = [
+            {"stage": "prefill", "tokens": many * tokens, "prompts": many, "ms": ms[many, tokens, 0]}
+            for many, tokens in prompts
+            if many == 1 or many * tokens > self.lengths[-1]
+        ]
+        whole = 64 * MANY  # as one prompt, whose pairs are more
+        apart = ms[1, whole, 0] - pair * (causal_pairs(whole, whole) - MANY * causal_pairs(64, 64))
+        found.append({"stage": "prompt", "ms": max(0.0, ms[MANY, 64, 0] - apart) / (MANY - 1)})
+        for many, tokens, tiles in self.images:
+            alone = ms[many, tokens, tiles] - ms[many, tokens, 0]
+            found.append({"stage": "vision", "tiles": many * tiles, "ms": alone})
+        rows, far = self.far
+        kv = max(0.0, ms["far",] - ms["beside", rows, 0]) / rows / (far - self._context_of(rows))
+        found.append({"stage": "kv", "ms": kv})
+        for rows in self.counts:
+            longer = kv * rows * (self._context_of(rows) - self.context)
+            found.append(
+                {"stage": "decode", "rows": rows, "ms": ms["beside", rows, 0] - longer, "context": self.context}
+            )
+            for chunk in CHUNKS:
+                more = max(0.0, ms["beside", rows, chunk] - ms[1, chunk, 0] - longer)
+                found.append({"stage": "beside", "tokens": chunk, "rows": rows, "ms": more, "context": self.context})
+        found.append({"stage": "pair", "ms": pair})
+        waits = [ms["wait", *shape] - ms[shape] for shape in self.fresh_after_wait]
+        found.append({"stage": "wake", "ms": max(0.0, sum(waits) / len(waits))})
+        return found
 
 
 # --- the engine and the simulator on the same requests ---
@@ -305,22 +373,45 @@ def summary(requests: Sequence[Arrival]) -> dict[str, float]:
 
 
 JUDGED = ("requests_per_s", "ttft_ms", "itl_ms")
+LOADS = {"backlog": None, "Poisson, 40 %": 0.4, "Poisson, 70 %": 0.7}  # shares of what the backlog's throughput was
 
 
-def compare_rows(engine: Engine, costs: Measured, workload: Workload, number: int) -> Iterator[dict[str, Any]]:
-    """A backlog, then requests at random at shares of what it managed: each by the engine and by the simulator."""
-    rate: float | None = None
-    capacity = 0.0
-    for name, share in (("backlog", None), ("Poisson, 40 %", 0.4), ("Poisson, 70 %", 0.7)):
-        rate = None if share is None else share * capacity
-        real, simulated = (arrivals(workload, number, rate=rate) for _ in range(2))
-        serve(engine, real)
-        simulate(engine, costs, simulated)
-        ours, theirs = summary(real), summary(simulated)
-        capacity = capacity or ours["requests_per_s"]
-        row: dict[str, Any] = {"load": name, "requests": number}
-        for key, value in ours.items():
-            row |= {key: value, f"simulated_{key}": theirs[key], f"{key}_error": theirs[key] / value - 1}
+def served_rounds(
+    engine: Engine, calibration: Calibration, workload: Workload, number: int, rounds: int
+) -> dict[str, tuple[float | None, list[list[Arrival]]]]:
+    """Every load by the engine, once a round and each time other requests; steps are timed before each of them."""
+    rates: dict[str, float | None] = {}
+    served: dict[str, list[list[Arrival]]] = {name: [] for name in LOADS}
+    for seed in tqdm(range(rounds), desc="rounds", disable=None):
+        for name, share in LOADS.items():
+            calibration.round()
+            if name not in rates:
+                rates[name] = None if share is None else share * summary(served["backlog"][0])["requests_per_s"]
+            served[name].append(arrivals(workload, number, rate=rates[name], seed=seed))
+            serve(engine, served[name][-1])
+    return {name: (rates[name], lists) for name, lists in served.items()}
+
+
+def compare_rows(
+    engine: Engine,
+    costs: Measured,
+    workload: Workload,
+    served: Mapping[str, tuple[float | None, Sequence[Sequence[Arrival]]]],
+) -> Iterator[dict[str, Any]]:
+    """What the engine did with each load, and what the simulator does with the same requests: medians of the rounds.
+
+    error: of the simulator in a round, the median too, so that a minute in which the machine was busy does not count.
+    """
+    for name, (rate, real) in served.items():
+        simulated = [arrivals(workload, len(one), rate=rate, seed=seed) for seed, one in enumerate(real)]
+        for one in simulated:
+            simulate(engine, costs, one)
+        rounds = [(summary(ours), summary(theirs)) for ours, theirs in zip(real, simulated, strict=True)]
+        row: dict[str, Any] = {"load": name, "rounds": len(rounds), "requests": len(real[0])}
+        for key in rounds[0][0]:
+            row[key] = median(ours[key] for ours, _ in rounds)
+            row[f"simulated_{key}"] = median(theirs[key] for _, theirs in rounds)
+            row[f"{key}_error"] = median(theirs[key] / ours[key] - 1 for ours, theirs in rounds)
         yield row | {"within_tolerance": all(abs(row[f"{key}_error"]) <= TOLERANCE for key in JUDGED)}
 
 
@@ -328,6 +419,8 @@ def load_engine(arguments: argparse.Namespace) -> Runtime:
     """The model without caches, in the type that its device is best at."""
     if arguments.device != "cpu":
         require_gpu()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     return Runtime.from_pretrained(
         arguments.model,
         device=arguments.device,
@@ -340,16 +433,18 @@ def load_engine(arguments: argparse.Namespace) -> Runtime:
     )
 
 
-def write_costs(arguments: argparse.Namespace, engine: Engine) -> Path:
-    """Calibrate, and write the table."""
-    calibrate(engine, rows=(8, 32), repeats=1)  # warms up, and grows the cache
+def write_costs(arguments: argparse.Namespace, calibration: Calibration) -> Path:
+    """Write the table of what was timed."""
     label = {
         "model": arguments.model.rstrip("/").rpartition("/")[2],
         "quantization": arguments.quantization,
         "vision_quantization": arguments.vision_quantization,
     }
-    rows = [{**label, **row} for row in calibrate(engine)]
-    notes = "Milliseconds of whole steps of the engine; kv and pair: for each token, and each pair of positions, more."
+    rows = [{**label, **row} for row in calibration.table()]
+    notes = (
+        "Milliseconds of whole steps of the engine; kv, pair and prompt: for each token, each pair of positions and "
+        "each prompt of a pass, more; wake: what a step after a wait takes more."
+    )
     path = results_path("costs", arguments.out)
     return write_results(path, rows, title="What the stages cost", notes=notes)
 
@@ -369,7 +464,11 @@ def main() -> int:
         command.add_argument("--device", default="cpu", help="cpu, or cuda")
         command.add_argument("--quantization")
         command.add_argument("--vision-quantization")
-        command.add_argument("--requests", type=int, default=60)
+        # With one thread the other cores are there for whatever else the machine does, and times are steadier.
+        command.add_argument("--threads", type=int, default=1 if name == "compare" else None, help="of the engine")
+        command.add_argument("--rounds", type=int, default=5 if name == "compare" else 7)
+        if name == "compare":
+            command.add_argument("--requests", type=int, default=24, help="of each load and round")
         command.add_argument("--out", help="folder of the JSON; bench/results/<device> by default")
     arguments = parser.parse_args()
     return _sweep(arguments) if arguments.command == "sweep" else _measure(arguments)
@@ -399,17 +498,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace) -> int:
     with load_engine(arguments) as runtime:
         engine = runtime.engine
-        path = write_costs(arguments, engine)
-        print(f"written to {path}")
+        Calibration(engine).round()  # warms up, and grows the cache
+        calibration = Calibration(engine)
         if arguments.command == "calibrate":
+            for _ in tqdm(range(arguments.rounds), desc="rounds", disable=None):
+                calibration.round()
+            print(f"written to {write_costs(arguments, calibration)}")
             return 0
+        kinds = [Kind(0, 40, 32), Kind(1, 24, 48), Kind(4, 24, 48), Kind(13, 24, 24)]
+        workload = workload_of(engine.config, kinds)
+        served = served_rounds(engine, calibration, workload, arguments.requests, arguments.rounds)
+        path = write_costs(arguments, calibration)
         chosen = QuantizationConfig(arguments.quantization, arguments.vision_quantization)
         costs = read_measured(path, arguments.model, chosen)
         assert costs is not None
-        kinds = [Kind(0, 40, 32), Kind(1, 24, 48), Kind(4, 24, 48), Kind(13, 24, 24)]
-        workload = workload_of(engine.config, kinds)
         rows = []
-        for row in tqdm(compare_rows(engine, costs, workload, arguments.requests), desc="comparing", disable=None):
+        for row in compare_rows(engine, costs, workload, served):
             rows.append({"model": arguments.model, **row})
             found = ", ".join(
                 f"{key} {row[key]:.2f} simulated {row[f'simulated_{key}']:.2f} ({row[f'{key}_error']:+.1%})"
@@ -417,7 +521,8 @@ def _measure(arguments: argparse.Namespace) -> int:
             )
             print(f"{row['load']:14} {found}", flush=True)
         notes = (
-            "The same requests by the engine and by the simulator, with costs calibrated before; error: of the latter."
+            "The same requests by the engine and by the simulator, whose costs are of steps timed between the loads; "
+            "medians of the rounds."
         )
         path = write_results(results_path("simulator", arguments.out), rows, title="The simulator's error", notes=notes)
         print(f"written to {path}")

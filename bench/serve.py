@@ -2,29 +2,27 @@
 
     python bench/serve.py [--clients 1 16] [--requests N] [--new-tokens 16 48] [--threads N] [--out DIR]
     python bench/serve.py --url http://127.0.0.1:23333 --name lmdeploy --workload requests.jsonl [--rate 4]
-    python bench/serve.py --soak 10
 
-Without `--url` it starts `vitrail serve nano` and measures every load twice in turn: through HTTP, and *in process*,
-where one thread takes the engine's steps for the same requests, base64 and PNG included. `overhead percent` is what the
-server loses of the engine's output tokens per second; the clients run on the same machine, so `--threads` (half of the
-cores by default) is what the model gets in both. With answers of two lengths the loss is parted into what a request
-and what a token costs.
+Without `--url` it starts `vitrail serve nano` and measures every load in turn through HTTP and *in process*, where one
+thread takes the engine's steps for the same requests, base64 and PNG included. `overhead percent` is what the server
+loses of the engine's output tokens per second. Its clients are a process of their own, this one, on the same machine,
+and what they take of it counts as the server's; the model gets `--threads` (half of the cores by default) in both. With
+answers of two lengths the loss is parted into what a request and what a token costs.
 
 A workload is a file of JSON lines, each the body of a chat request without `model` and `stream`; `--write-workload`
-makes one: pictures of noise, each its own, and a fixed number of tokens. *closed, N*: N clients, each sending its next
-request when the last one is answered. *Poisson*: requests come at random, `--rate` a second, by default at 70 % of what
-the last closed loop managed.
+makes one: pictures of noise, each its own, and answers of `--new-tokens` on the average, from half to one and a half of
+it. *closed, N*: N clients, each sending its next request when the last one is answered. *Poisson*: requests come at
+random, `--rate` a second, by default at 70 % of what the last closed loop managed.
 
-TTFT: from sending a request to its first text. ITL: between texts of one answer.
-
-`--soak` keeps 8 clients busy for so many minutes with pictures that are all new, some of them broken and some of them
-asked about by clients that leave, and writes the server's memory every ten seconds.
+TTFT: from sending a request to its first text. ITL: between texts of one answer; the server joins those that come
+within 20 ms.
 """
 
 import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import random
@@ -35,13 +33,13 @@ import sys
 import time
 import urllib.request
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -50,15 +48,13 @@ import torch
 from PIL import Image
 
 from vitrail.bench.harness import results_path, write_results
+from vitrail.bench.load import POISSON_LOAD, arrivals, drive
 from vitrail.runtime.api import Runtime
 from vitrail.runtime.engine.sequence import Request
 from vitrail.runtime.messages import conversation_of
 from vitrail.runtime.request import GenerationConfig
 
 QUESTION = "What is the total?"
-POISSON_LOAD = 0.7
-SOAK_CLIENTS = 8
-SAMPLE_S = 10.0
 _TEXT, _USAGE = re.compile(rb'"content": ?"(?!")'), re.compile(rb'"usage": ?\{')
 _START = "from vitrail.runtime.cli import main; main()"
 
@@ -94,6 +90,19 @@ def make_request(seed: int, new_tokens: int, size: tuple[int, int], images: int 
         "temperature": 0,
         "ignore_eos": True,
     }
+
+
+def make_workload(
+    seeds: Iterable[int], count: int, new_tokens: int, size: tuple[int, int], *, draw: int = 0
+) -> list[dict[str, Any]]:
+    """Requests for `new_tokens` on the average, by `draw` from half as many to half as many more.
+
+    Answers of one length would all end in one step, and the requests after them begin in one, if nothing came between:
+    no load of users does, and the engine alone would profit.
+    """
+    generator = random.Random(draw)
+    lengths = [generator.randint(new_tokens - new_tokens // 2, new_tokens + new_tokens // 2) for _ in range(count)]
+    return [make_request(seed, length, size) for seed, length in zip(seeds, lengths, strict=False)]
 
 
 def read_workload(path: Path) -> list[dict[str, Any]]:
@@ -199,54 +208,34 @@ async def answer_by_http(
         return answers
     start = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
-        for request, arrival in zip(workload, _arrivals(len(workload), rate), strict=True):
+        for request, arrival in zip(workload, arrivals(len(workload), rate), strict=True):
             await asyncio.sleep(max(0.0, start + arrival - time.perf_counter()))
             answers.append(Answer(start + arrival))
             tasks.create_task(send(server, request, answers[-1]))
     return answers
 
 
-def _arrivals(count: int, rate: float | None) -> list[float]:
-    generator = random.Random(0)
-    return list(accumulate(0.0 if rate is None else generator.expovariate(rate) for _ in range(count)))
-
-
 # The same without a server
 
 
-def answer_in_process(
-    runtime: Runtime, workload: Workload, *, clients: int | None = None, rate: float | None = None
-) -> list[Answer]:
-    """All requests by one thread that takes the engine's steps."""
-    engine = runtime.engine
-    start = time.perf_counter()
-    arrivals = (start + arrival for arrival in _arrivals(len(workload), rate))
-    coming = deque(zip(workload, arrivals, strict=True))
-    answers: list[Answer] = []
-    running: list[tuple[Request, Answer]] = []
-    while coming or running:
-        now = time.perf_counter()
-        if coming and not running and coming[0][1] > now:
-            time.sleep(coming[0][1] - now)
-        while coming and (len(running) < clients if clients is not None else coming[0][1] <= time.perf_counter()):
-            request, arrival = coming.popleft()
-            answers.append(Answer(time.perf_counter() if rate is None else arrival))
-            conversation = conversation_of(request["messages"], limits=runtime.limits, urls_only=True)
-            prepared = runtime.processor.prepare(conversation, decode=False)
-            config = GenerationConfig(max_new_tokens=request["max_tokens"], ignore_eos=request.get("ignore_eos"))
-            running.append((engine.submit(uuid4().hex, prepared, config), answers[-1]))
-        engine.step()
-        now = time.perf_counter()
-        for submitted, answer in running:
-            while submitted.deltas:
-                delta = submitted.deltas.popleft()
-                answer.tokens += len(delta.token_ids)
-                if delta.text:
-                    answer.pieces.append(now)
-            if submitted.error is not None:
-                raise submitted.error
-        running = [(submitted, answer) for submitted, answer in running if submitted.finished is None]
-    return answers
+def answer_in_process(runtime: Runtime, workload: Workload, **load: Any) -> list[Answer]:
+    """All requests, as `drive` has them answered."""
+
+    def submit(request: Mapping[str, Any]) -> Request:
+        conversation = conversation_of(request["messages"], limits=runtime.limits, urls_only=True)
+        prepared = runtime.processor.prepare(conversation, decode=False)
+        config = GenerationConfig(max_new_tokens=request["max_tokens"], ignore_eos=request.get("ignore_eos"))
+        return runtime.engine.submit(uuid4().hex, prepared, config)
+
+    streams = drive(runtime.engine, [partial(submit, request) for request in workload], **load)
+    return [
+        Answer(
+            one.arrived,
+            [now for now, delta in one.deltas if delta.text],
+            sum(len(delta.token_ids) for _, delta in one.deltas),
+        )
+        for one in streams
+    ]
 
 
 # What it amounts to
@@ -280,11 +269,29 @@ def parted(losses: Mapping[int, float]) -> tuple[float, float]:
     return lost_short - per_token * short, per_token
 
 
-def by_http(server: Server, workload: Workload, **load: Any) -> tuple[list[Answer], float]:
-    """The answers and the seconds they took."""
+class Run(NamedTuple):
+    """The answers of a load and the seconds they took."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(answer.tokens for answer in self.answers if answer.error is None) / self.seconds
+
+
+def by_http(server: Server, workload: Workload, **load: Any) -> Run:
+    """A load through HTTP."""
     start = time.perf_counter()
     answers = asyncio.run(answer_by_http(server, workload, **load))
-    return answers, time.perf_counter() - start
+    return Run(answers, time.perf_counter() - start)
+
+
+def in_process(runtime: Runtime, workload: Workload, **load: Any) -> Run:
+    """The same without a server."""
+    start = time.perf_counter()
+    answers = answer_in_process(runtime, workload, **load)
+    return Run(answers, time.perf_counter() - start)
 
 
 def measure_overhead(
@@ -292,48 +299,44 @@ def measure_overhead(
 ) -> Iterator[tuple[dict[str, Any], dict[int, float]]]:
     """Rows of both systems for every load, with what a request lost by the number of its tokens.
 
-    The two take turns, and the median of three counts: a machine that slows down slows both.
+    A row is the median turn of its system. What the server costs is compared within a turn, one load after the other,
+    of which the median counts: a machine that slows down slows both.
     """
-    seeds = iter(range(10**9))
+    seeds = itertools.count()
+    sides = partial(in_process, runtime), partial(by_http, server)
     rate = 0.0
 
-    def fresh(count: int, new_tokens: int) -> list[dict[str, Any]]:
-        return [make_request(next(seeds), new_tokens, arguments.size) for _ in range(count)]
-
-    def turns(load: dict[str, Any], count: int, new_tokens: int) -> list[tuple[Any, float]]:
-        found: list[list[tuple[Any, float]]] = [[], []]
+    def take_turns(load: dict[str, Any], count: int, new_tokens: int) -> tuple[list[Run], list[Run]]:
+        runs: tuple[list[Run], list[Run]] = [], []
         for turn in range(arguments.turns):
             for side in (0, 1) if turn % 2 == 0 else (1, 0):
-                workload = fresh(count, new_tokens)
-                if side == 0:
-                    start = time.perf_counter()
-                    answers = answer_in_process(runtime, workload, **load)
-                    found[0].append((answers, time.perf_counter() - start))
-                else:
-                    found[1].append(by_http(server, workload, **load))
-        return [sorted(side, key=lambda one: one[1])[len(side) // 2] for side in found]
+                workload = make_workload(seeds, count, new_tokens, arguments.size, draw=turn)
+                runs[side].append(sides[side](workload, **load))
+        return runs
+
+    def rows_of(name: str, runs: tuple[list[Run], list[Run]], new_tokens: int) -> list[dict[str, Any]]:
+        typical = [sorted(side, key=lambda run: run.tokens_per_s)[len(side) // 2] for side in runs]
+        return [
+            {"new_tokens": new_tokens, **row_of(system, name, *run)}
+            for system, run in zip(("in process", "vitrail serve"), typical, strict=True)
+        ]
 
     for clients in arguments.clients:
         losses: dict[int, float] = {}
         for new_tokens in arguments.new_tokens:
             count = arguments.requests or max(4, 4 * clients)
-            turns_of_both = turns({"clients": clients}, count, new_tokens)
-            rows = [
-                {"new_tokens": new_tokens, **row_of(system, f"closed, {clients}", answers, seconds)}
-                for system, (answers, seconds) in zip(("in process", "vitrail serve"), turns_of_both, strict=True)
-            ]
-            engine, own = (row["output_tokens_per_s"] for row in rows)
-            losses[new_tokens] = (turns_of_both[1][1] - turns_of_both[0][1]) / count
-            rate = rows[1]["requests_per_s"]
-            yield rows[0], {}
-            yield {**rows[1], "overhead_percent": 100 * (1 - own / engine)}, losses
-    count = arguments.requests or 4 * max(arguments.clients)
+            runs = take_turns({"clients": clients}, count, new_tokens)
+            pairs = list(zip(*runs, strict=True))
+            losses[new_tokens] = median((own.seconds - engine.seconds) / count for engine, own in pairs)
+            overhead = median(100 * (1 - own.tokens_per_s / engine.tokens_per_s) for engine, own in pairs)
+            alone, served = rows_of(f"closed, {clients}", runs, new_tokens)
+            rate = served["requests_per_s"]
+            yield alone, {}
+            yield {**served, "overhead_percent": overhead}, losses
     load = {"rate": arguments.rate or POISSON_LOAD * rate}
-    for system, (answers, seconds) in zip(
-        ("in process", "vitrail serve"), turns(load, count, arguments.new_tokens[-1]), strict=True
-    ):
-        row = row_of(system, f"Poisson, {load['rate']:.2f}/s", answers, seconds)
-        yield {"new_tokens": arguments.new_tokens[-1], **row}, {}
+    runs = take_turns(load, arguments.requests or 4 * max(arguments.clients), arguments.new_tokens[-1])
+    for row in rows_of(f"Poisson, {load['rate']:.2f}/s", runs, arguments.new_tokens[-1]):
+        yield row, {}
 
 
 # Servers
@@ -374,54 +377,6 @@ def model_of(url: str, api_key: str | None) -> str:
         return str(json.load(response)["data"][0]["id"])
 
 
-# Soak
-
-
-def resident_mib(pid: int) -> float:
-    """Memory of a process, as Linux tells it."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-
-
-async def soak(server: Server, pid: int, minutes: float, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row every `SAMPLE_S` seconds: requests that were answered, refused and left, and the server's memory."""
-    rows: list[dict[str, Any]] = []
-    end = time.perf_counter() + minutes * 60
-    counts = dict.fromkeys(("answered", "refused", "left", "failed"), 0)
-    seeds = iter(range(10**9))
-
-    async def client(generator: random.Random) -> None:
-        while time.perf_counter() < end:
-            request = make_request(next(seeds), generator.randint(1, 64), size, generator.randint(0, 3))
-            broken = generator.random() < 0.05
-            leaves = generator.random() * 0.3 if generator.random() < 0.05 else None
-            if broken:
-                url = "data:image/png;base64,iVBORw0KGgo="
-                request["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": url}})
-            answer = Answer(time.perf_counter())
-            await send(server, request, answer, leave_after=leaves)
-            known = {None: "answered", "400": "refused", "left": "left"}
-            counts[known.get(answer.error, "failed")] += 1
-
-    async def sample() -> None:
-        start = time.perf_counter()
-        while time.perf_counter() < end:
-            await asyncio.sleep(min(SAMPLE_S, max(0.0, end - time.perf_counter())))
-            row = {"minute": (time.perf_counter() - start) / 60, **counts, "rss_mib": resident_mib(pid)}
-            rows.append(row)
-            print(" ".join(f"{name}={value:.1f}" for name, value in row.items()), flush=True)
-
-    await asyncio.gather(sample(), *(client(random.Random(number)) for number in range(SOAK_CLIENTS)))
-    return rows
-
-
-def growth_mib(rows: Sequence[Mapping[str, Any]]) -> float:
-    """What memory grew from the median of the second quarter of a soak, caches filled, to that of the last."""
-    samples = [row["rss_mib"] for row in rows]
-    quarter = max(1, len(samples) // 4)
-    return float(median(samples[-quarter:]) - median(samples[quarter : 2 * quarter] or samples[:1]))
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a server that runs already; by default one is started")
@@ -436,8 +391,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests a second of the open loop")
     parser.add_argument("--size", type=int, nargs=2, default=(224, 224), help="width and height of the pictures")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="for the model")
-    parser.add_argument("--turns", type=int, default=3, help="how often either system is measured")
-    parser.add_argument("--soak", type=float, metavar="MINUTES")
+    parser.add_argument("--turns", type=int, default=5, help="how often either system is measured")
     parser.add_argument("--out", help="folder of the JSON; bench/results/<device> by default")
     return parser.parse_args()
 
@@ -457,20 +411,12 @@ def main() -> None:
     arguments = _parse()
     if arguments.write_workload is not None:
         count = arguments.requests or 64
-        lines = [json.dumps(make_request(seed, arguments.new_tokens[-1], arguments.size)) for seed in range(count)]
+        workload = make_workload(itertools.count(), count, arguments.new_tokens[-1], arguments.size)
+        lines = [json.dumps(request) for request in workload]
         arguments.write_workload.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"written to {arguments.write_workload}")
         return
-    if arguments.soak is not None:
-        # A cache that is full within seconds: what grows after that is no cache.
-        with own_server(arguments.threads, "--vision-cache-gb", "0.02") as (server, pid):
-            rows = asyncio.run(soak(server, pid, arguments.soak, arguments.size))
-        notes = f"Memory grew by {growth_mib(rows):.1f} MiB from the second quarter to the last."
-        path = write_results(results_path("soak", arguments.out), rows, title="A soak of `vitrail serve`", notes=notes)
-    elif arguments.url is not None:
-        path = _measure_url(arguments)
-    else:
-        path = _measure_own(arguments)
+    path = _measure_own(arguments) if arguments.url is None else _measure_url(arguments)
     print(f"written to {path}")
 
 
@@ -487,10 +433,9 @@ def _measure_url(arguments: argparse.Namespace) -> Path:
             name = f"Poisson, {load['rate']:.2f}/s"
         count = arguments.requests or 4 * max(arguments.clients)
         first = place * count  # pictures that no load before has seen
-        workload = given or [make_request(first + n, arguments.new_tokens[-1], arguments.size) for n in range(count)]
-        answers, seconds = by_http(server, workload, **load)
+        workload = given or make_workload(itertools.count(first), count, arguments.new_tokens[-1], arguments.size)
         new_tokens = max(request.get("max_tokens", 0) for request in workload)
-        rows.append({"new_tokens": new_tokens, **row_of(arguments.name, name, answers, seconds)})
+        rows.append({"new_tokens": new_tokens, **row_of(arguments.name, name, *by_http(server, workload, **load))})
         _show(rows[-1])
     title = f"Requests to {arguments.name} ({server.model}) over HTTP"
     return write_results(results_path(f"serve-{arguments.name}", arguments.out), rows, title=title)

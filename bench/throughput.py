@@ -14,12 +14,10 @@ answers forward each of them counts.
 
 import argparse
 import os
-import random
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -30,6 +28,7 @@ from tqdm import tqdm
 
 from vitrail.bench.harness import require_gpu, results_path, write_results
 from vitrail.bench.latency import load
+from vitrail.bench.load import POISSON_LOAD, drive
 from vitrail.bench.peer import pixel_values, transformers_model
 from vitrail.runtime.api import Runtime
 from vitrail.runtime.engine.processor import Conversation, Picture
@@ -40,7 +39,6 @@ from vitrail.runtime.request import GenerationConfig
 QUESTION = "What is the total?"
 # Columns and rows of the picture whose tiles, with the thumbnail, are so many.
 GRIDS = {1: (1, 1), 4: (3, 1), 13: (4, 3)}
-POISSON_LOAD = 0.7
 
 
 @dataclass(frozen=True)
@@ -87,38 +85,16 @@ def answer_all(
     clients: int | None = None,
     rate: float | None = None,
 ) -> list[Answer]:
-    """All requests, streamed to their ends by one thread that takes the engine's steps, as a server's loop has it.
-
-    clients: so many at a time, one begins where another ends. rate: they arrive at random, so many a second.
-    """
-    engine = runtime.engine
-    generator = random.Random(0)
-    gaps = [0.0 if rate is None else generator.expovariate(rate) for _ in images]
-    start = time.perf_counter()
-    coming = deque(zip(images, (start + offset for offset in accumulate(gaps)), strict=True))
+    """A question about each image, as `drive` has them answered."""
     config = GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True)
     question = place_images(QUESTION, num_images=1, has_history=False)
-    answers: list[Answer] = []
-    running: list[tuple[Request, Answer]] = []
-    while coming or running:
-        now = time.perf_counter()
-        if coming and not running and coming[0][1] > now:
-            time.sleep(coming[0][1] - now)
-        while coming and (len(running) < clients if clients is not None else coming[0][1] <= time.perf_counter()):
-            image, arrival = coming.popleft()
-            answers.append(Answer(time.perf_counter() if rate is None else arrival))
-            conversation = Conversation([(question, None)], [_cut(image, tiles)])
-            prepared = runtime.processor.prepare(conversation, decode=False)
-            running.append((engine.submit(uuid4().hex, prepared, config), answers[-1]))
-        engine.step()
-        now = time.perf_counter()
-        for request, answer in running:
-            while request.deltas:
-                answer.tokens += [now] * len(request.deltas.popleft().token_ids)
-            if request.error is not None:
-                raise request.error
-        running = [(request, answer) for request, answer in running if request.finished is None]
-    return answers
+
+    def submit(image: Image.Image) -> Request:
+        prepared = runtime.processor.prepare(Conversation([(question, None)], [_cut(image, tiles)]), decode=False)
+        return runtime.engine.submit(uuid4().hex, prepared, config)
+
+    streams = drive(runtime.engine, [partial(submit, image) for image in images], clients=clients, rate=rate)
+    return [Answer(one.arrived, [now for now, delta in one.deltas for _ in delta.token_ids]) for one in streams]
 
 
 def _cut(image: Image.Image, tiles: int) -> Picture:

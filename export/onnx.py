@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint
 from .folder import check_space, new_folder
 from .packages import require
 from .parts import build_part, chosen_parts, owns
-from .rounding import Quantization
+from .rounding import METHODS, Quantization
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "int4")
@@ -95,7 +95,9 @@ class _Run:
 
     def run(self) -> Manifest:
         config = self.config
-        parts = {name: self._part(name) for name in self.parts}
+        # First, and of all parts, since it refuses what cannot be.
+        quantizations = {name: self._quantization(name) for name in self.parts}
+        parts = {name: self._part(name, quantization) for name, quantization in quantizations.items()}
         for file in description.tokenizer_files(self.folder):
             shutil.copyfile(file, self.target / file.name)
             self.files[file.name] = file_sha256(file)
@@ -114,7 +116,7 @@ class _Run:
         (self.target / MANIFEST).write_text(text + "\n", encoding="utf-8")
         return manifest
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str, quantization: Quantization) -> Part:
         # Here, because they need the packages that only exporting needs.
         import onnx_ir as ir
 
@@ -122,7 +124,6 @@ class _Run:
         from .weights import add_weights
         from .writer import WeightFile
 
-        quantization = self._quantization(name)  # first, since it refuses what cannot be
         context_id = None
         if isinstance(self.config, InternVLConfig):
             context_id = description.context_token_id(self.config, self.tokenizer)
@@ -159,7 +160,10 @@ class _Run:
         asked = self.options.quantization
         if asked is not None and self.checkpoint.stored is not None:
             raise ConfigError(f"{self.name}: is quantised already; export it as it is, without quantization={asked!r}")
-        stored = self.checkpoint.methods()
+        methods = {module: method for module, method in self.checkpoint.methods().items() if owns(name, module)}
+        for module, method in methods.items():
+            if method not in METHODS:
+                raise UnsupportedError(f"{module}: is {method}, which is not exported; {', '.join(METHODS)} are")
         rounded = {}
         if asked is not None:
             config = QuantizationConfig(
@@ -170,7 +174,7 @@ class _Run:
             rounded = plan(model, config)
             if self.options.part is not None and not any(owns(name, module) for module in rounded):
                 raise UnsupportedError(f"{name}: {asked} is for the language half, of which this part has nothing")
-        if "int8" not in {*rounded.values(), *stored.values()}:
+        if "int8" not in {*methods.values(), *rounded.values()}:
             return Quantization(rounded, self.options.group_size, {})
         if self._ranges is None:
             context_id = -1

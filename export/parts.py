@@ -122,8 +122,11 @@ class DecoderPart(nn.Module):
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         decoder = self.model.language_model
-        x = self._splice(decoder.embed(input_ids), input_ids == self.context_id, visual_tokens)
-        kv = ContiguousCache(past, self._mask(attention_mask, input_ids.shape[1], x.dtype))
+        attended, tokens = attention_mask != 0, input_ids.shape[1]
+        # Padding may have any id, that of the image's places too, which is LLaMA's <unk> in the first models.
+        places = (input_ids == self.context_id) & attended[:, attended.shape[1] - tokens :]
+        x = self._splice(decoder.embed(input_ids), places, visual_tokens)
+        kv = ContiguousCache(past, self._mask(attended, tokens, x.dtype))
         cos, sin = rotary_table(position_ids, self.inv_freq, decoder.rope_amplitude, x.dtype)
         branch: Any = None
         for layer in decoder.layers:
@@ -140,12 +143,12 @@ class DecoderPart(nn.Module):
         return torch.where(places[..., None], F.embedding(index, rows), embeddings)
 
     @staticmethod
-    def _mask(attention_mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    def _mask(attended: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
         """What is added to scores. Finite: a row of padding sees nothing, and its softmax must still be numbers."""
-        context = attention_mask.shape[1]
-        keys = torch.arange(context, device=attention_mask.device)
+        context = attended.shape[1]
+        keys = torch.arange(context, device=attended.device)
         causal = keys[None, :] <= keys[context - tokens :, None]
-        visible = causal[None, None] & (attention_mask[:, None, None] != 0)
+        visible = causal[None, None] & attended[:, None, None]
         return torch.where(visible, 0.0, torch.finfo(dtype).min / 2).to(dtype)
 
 

@@ -17,4 +17,6 @@ class Quantization:
     activations: Mapping[str, float]
 
 
+# Methods whose codes ONNX has a type for that runtimes multiply by.
+METHODS = ("int8", "int8-weight", "int4")
 INPUT_SCALE = ".input_scale"  # behind a weight's name: the graph's scale of the layer's int8 inputs

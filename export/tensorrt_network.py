@@ -26,6 +26,11 @@ def parse(tensorrt: TensorRT, builder: Any, logger: Any, log: BuildLog, onnx: Pa
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     named = next((error for error in errors if error.node_name() or error.node_operator()), None)
     if named is None:
+        if _has_zero_points(onnx):
+            raise UnsupportedError(
+                f"{onnx.name}: its 4-bit weights have zero points, which {tensorrt.product} does not take; "
+                "it takes symmetric ones, as `vitrail quantize` writes them without --asymmetric"
+            )
         reason = _first_line(errors[0].desc() if errors else "; ".join(log.errors) or "no reason given")
         raise UnsupportedError(f"{onnx}: {tensorrt.product} {tensorrt.version} cannot read it: {reason}")
     module = module_of(onnx, named.node_name())
@@ -35,6 +40,14 @@ def parse(tensorrt: TensorRT, builder: Any, logger: Any, log: BuildLog, onnx: Pa
         raise UnsupportedError(f"{onnx.name}: {tensorrt.product} {tensorrt.version} has no {node}")
     reason = _reason(named.desc())
     raise UnsupportedError(f"{onnx.name}: {tensorrt.product} {tensorrt.version} refuses {node}: {reason}")
+
+
+def _has_zero_points(onnx_file: Path) -> bool:
+    """Whether 4-bit weights are unsigned, which only asymmetric ones are."""
+    import onnx
+
+    weights = onnx.load(onnx_file, load_external_data=False).graph.initializer
+    return any(weight.data_type == onnx.TensorProto.UINT4 for weight in weights)
 
 
 def module_of(onnx_file: Path, node_name: str) -> str | None:

@@ -15,7 +15,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript.optimizer import optimize_ir
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as rules
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -26,6 +29,22 @@ from .translations import TABLE
 # Blockwise DequantizeLinear and 4-bit integers begin here, and every runtime of the last two years reads it.
 OPSET = 21
 MODULE = "vitrail.module"  # key of a node's note
+# What the exporter leaves to be simplified. Of onnxscript's default rules, one walks through the whole graph at every
+# node of it: minutes for a deep model.
+_RULES = (
+    *rules.mul_by_1_rule.commute(),
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,7 @@ def trace(build: Callable[[FakeTensorMode], Export]) -> Traced:
         assert translated is not None
         model = translated.model
         names = _empty(model)
-        optimize_ir(model)
+        _simplify(model)
     _name_interface(model, part)
     _drop_notes(model)
     _cast_bytes_first(model)
@@ -110,6 +129,22 @@ def _empty(model: ir.Model) -> set[str]:
             model.graph.initializers[value.name] = value
             names.add(value.name)
     return names
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and shapes, drop what does nothing, keep one of what is there twice."""
+    common.InlinePass()(model)
+    for _ in range(2):
+        fold_constants_ir(model, onnx_shape_inference=True)
+        rewrite(model, _RULES)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
 
 
 def _name_interface(model: ir.Model, part: Export) -> None:
@@ -187,7 +222,8 @@ def _drop_notes(model: ir.Model) -> None:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         node.metadata_props.clear()
         node.doc_string = None
-        modules = [scope for scope in scopes[:-1] if scope]  # the last is the operation
+        # The last is the operation; torch's own begin with an underscore.
+        modules = [scope for scope in scopes[:-1] if scope and not scope.startswith("_")]
         if modules:
             node.metadata_props[MODULE] = str(modules[-1]).removeprefix(PREFIX)
     values = [

@@ -16,8 +16,6 @@ from .trace import MODULE, Traced
 from .writer import WeightFile
 
 POSITIONS = "vision_model.embeddings.position_embedding"
-# Methods whose codes ONNX has a type for that runtimes multiply by.
-METHODS = ("int8", "int8-weight", "int4")
 
 
 def add_weights(
@@ -30,7 +28,8 @@ def add_weights(
 ) -> str | None:
     """Write the values of a graph's parameters to `file`; returns the method of its quantised layers, if it has any.
 
-    One parameter is in memory at a time. Raises `UnsupportedError` for quantised weights that ONNX cannot hold.
+    One parameter is in memory at a time. Quantised weights are of `METHODS`. Raises `UnsupportedError` for one that is
+    not a factor of products alone.
     """
     graph = traced.model.graph
     methods = set()
@@ -85,8 +84,6 @@ class _Dequantizer:
         assert value.name is not None
         self.name = value.name
         self.largest_input = largest_input
-        if weight.method not in METHODS:
-            raise UnsupportedError(f"{self.name}: is {weight.method}, which is not exported; {', '.join(METHODS)} are")
 
     def insert(self, transposed: bool) -> None:
         readers = [node for node, index in self.value.uses() if index == 1 and node.op_type in ("MatMul", "Gemm")]

@@ -8,9 +8,10 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self, overload
+from typing import Any, Self, cast, overload
 from uuid import uuid4
 
 import torch
@@ -19,13 +20,15 @@ from tqdm import tqdm
 from .backends.exported import ExportedVisionModel
 from .config import InternVLConfig, VisionConfig, load_any_config
 from .contrastive import ContrastiveCalls
-from .distributed.halves import Halves
+from .distributed.halves import Halves, open_halves
+from .distributed.placement import place, visible_gpus
 from .engine.engine import Engine, request_usage
 from .engine.processor import Conversation, Picture, Prepared, Processor
 from .engine.recorder import Recorder
 from .engine.replicas import Replicas
 from .engine.sequence import Request
 from .engine.vision_cache import VisionCache
+from .engine.vision_stage import VisionWorkers
 from .errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError, VitrailError
 from .features import Images, as_list
 from .image import ImageLimits, ImageSource
@@ -44,7 +47,6 @@ from .options import (
     read_positive,
     read_quantization,
     read_share,
-    refuse_unavailable,
 )
 from .prompt import IMAGE_MARK, get_template, place_images, stop_tokens
 from .quantization.config import QuantizationConfig
@@ -61,7 +63,7 @@ from .request import (
 from .tokenizer import Tokenizer, load_tokenizer
 from .video import Video, frames_of
 from .vision_backend import check_backend, open_vision
-from .weights import Model, load_model, resolve_checkpoint
+from .weights import Model, resolve_checkpoint
 
 History = Sequence[tuple[str, str]]
 
@@ -102,7 +104,7 @@ class Runtime(ContrastiveCalls):
         super().__init__(model, tokenizer, name=name, limits=image_limits or ImageLimits(), load_ms=load_ms)
         self.media = media or MediaPolicy()
         self._halves: Sequence[Halves] = ()
-        self._chat: tuple[Processor, Engine | Replicas] | None = None
+        self._chat: tuple[Processor, Engine] | None = None
         if isinstance(model, VisionTower):
             return
         if tokenizer is None:
@@ -125,14 +127,14 @@ class Runtime(ContrastiveCalls):
             max_images=read_image_limit(limit_mm_per_prompt),
             max_model_len=self.max_model_len,
         )
-        limits = {
+        limits: dict[str, Any] = {
             "max_num_seqs": at_least_one("max_num_seqs", max_num_seqs),
             "max_model_len": self.max_model_len,
             "enforce_eager": enforce_eager or not capturable(model),
             "exact": deterministic,
             "cache_dtype": read_cache_dtype(kv_cache_dtype),
         }
-        shared = {
+        shared: dict[str, Any] = {
             "context_token_id": _control_id(tokenizer, model.config.context_token),
             "stop_token_ids": _stop_token_ids(tokenizer, stop_tokens(processor.template)),
             "max_num_batched_tokens": at_least_one("max_num_batched_tokens", max_num_batched_tokens),
@@ -143,9 +145,15 @@ class Runtime(ContrastiveCalls):
             "revision": f"{name}@{revision}",
         }
         self._halves = halves or [Halves(model)]
-        engines = [Engine(one.runner(**limits), tokenizer, processor, **shared) for one in self._halves]
-        engine = engines[0] if len(engines) == 1 else Replicas(engines)
-        self._chat = (processor, engine)
+        engines = []
+        for one in self._halves:
+            runner = one.runner(**limits)
+            engine = Engine(runner, tokenizer, processor, vision=one.vision, chunk_tokens=one.chunk_tokens, **shared)
+            if one.ranks is not None:
+                one.ranks.on_failure = engine.fail_all
+            engines.append(engine)
+        # Replicas have all that is called of an engine here and by servers.
+        self._chat = (processor, engines[0] if len(engines) == 1 else cast(Engine, Replicas(engines)))
 
     @classmethod
     def from_pretrained(
@@ -178,6 +186,8 @@ class Runtime(ContrastiveCalls):
         exif_orientation: bool = True,
         allowed_media_domains: Sequence[str] = (),
         allowed_local_media_path: str | Path | None = None,
+        mm_per_request_timeout: float = 10.0,
+        vision_workers: VisionWorkers | None = None,
         progress: bool | None = None,
     ) -> Self:
         """Load a local folder, a hub id or the bundled `"nano"`.
@@ -198,17 +208,17 @@ class Runtime(ContrastiveCalls):
         kv_cache_dtype: "auto", as the model computes, or "int8", half the memory of 16 bits or less.
         allowed_media_domains: hosts that URLs in messages may name, as `example.org` or `*.example.org`.
         allowed_local_media_path: the folder whose files they may name.
+        mm_per_request_timeout: seconds that the media of a request may take to fetch, and one of them to decode.
+        llm_devices, vision_devices: what each half runs on, as ["cuda:0", "cuda:1"], or "cpu" several times. Without
+        vision_devices the vision half is where the language half is. tensor_parallel_size: devices that share one
+        language half; more llm_devices are further replicas. placement: "colocated", "split" (the vision half on
+        devices of its own), "replicas", or "auto": what the other options say; without any of them, of several GPUs
+        what `vitrail plan` finds best (docs/deployment.md).
+        vision_workers: they encode instead, wherever they are; `close` ends them.
         deterministic: the same answer to the bit whatever runs beside a request; slower (docs/engine.md).
-        Options that would change what runs and are not available yet raise `UnsupportedError`.
         progress: show a loading bar; None means on a terminal only.
         Raises `CheckpointError` or `ConfigError` where the checkpoint is missing or wrong.
         """
-        refuse_unavailable(
-            vision_devices=(vision_devices, None),
-            llm_devices=(llm_devices, None),
-            placement=(placement, "auto"),
-            tensor_parallel_size=(tensor_parallel_size, 1),
-        )
         start = perf_counter()
         # All options are read before weights are: a mistake should not cost minutes of loading.
         torch_dtype, torch_device = read_dtype(dtype), read_device(device)
@@ -219,8 +229,9 @@ class Runtime(ContrastiveCalls):
             at_least_one("max_image_pixels", max_image_pixels),
             read_positive("max_aspect_ratio", max_aspect_ratio),
             exif_orientation,
+            max_decode_s=read_positive("mm_per_request_timeout", mm_per_request_timeout),
         )
-        media = read_media(allowed_media_domains, allowed_local_media_path)
+        media = replace(read_media(allowed_media_domains, allowed_local_media_path), timeout_s=mm_per_request_timeout)
         at_least_one("max_num_seqs", max_num_seqs)
         at_least_one("max_num_batched_tokens", max_num_batched_tokens)
         _read_size("vision_cache_gb", vision_cache_gb)
@@ -231,31 +242,60 @@ class Runtime(ContrastiveCalls):
         tokenizer = None if isinstance(config, VisionConfig) else load_tokenizer(folder)
         if isinstance(config, InternVLConfig):
             get_template(config.template)
+        placed = place(
+            config,
+            device=device,
+            placement=placement,
+            vision_devices=vision_devices,
+            llm_devices=llm_devices,
+            tensor_parallel_size=tensor_parallel_size,
+            quantization=quantization,
+            vision_quantization=vision_quantization,
+            dtype=torch_dtype,
+            visible=visible_gpus(),
+        )
+        if vision_backend != "torch" and placed.vision_devices:
+            raise ConfigError(f"vision_backend={vision_backend!r} runs in one process: vision_devices are for 'torch'")
+        torch_device = torch.device(placed.llm_devices[0])
         session = open_vision(vision_backend, vision_engine, folder, config, torch_device, str(model), progress)
-        loaded = load_model(
-            folder, config, dtype=torch_dtype, device=torch_device, progress=progress, quantization=rounding
-        )
-        if session is not None and isinstance(loaded, InternVLModel):
-            loaded = ExportedVisionModel(loaded, session)
-        return cls(
-            loaded,
-            tokenizer,
-            name=str(model),
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enable_prefix_caching=enable_prefix_caching,
-            vision_cache_gb=vision_cache_gb,
-            enforce_eager=enforce_eager,
-            kv_cache_dtype=kv_cache_dtype,
+        halves = open_halves(
+            *(folder, config, placed),
+            dtype=torch_dtype,
+            quantization=rounding,
+            vision_workers=vision_workers,
+            has_session=session is not None,
             deterministic=deterministic,
-            limit_mm_per_prompt=limit_mm_per_prompt,
-            image_limits=image_limits,
-            media=media,
-            revision=revision,
-            load_ms=(perf_counter() - start) * 1e3,
+            enforce_eager=enforce_eager,
+            progress=progress,
         )
+        if session is not None:
+            for one in halves:
+                one.model = ExportedVisionModel(cast(InternVLModel, one.model), session)
+        try:
+            return cls(
+                halves[0].model,
+                tokenizer,
+                name=str(model),
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enable_prefix_caching=enable_prefix_caching,
+                vision_cache_gb=vision_cache_gb,
+                enforce_eager=enforce_eager,
+                kv_cache_dtype=kv_cache_dtype,
+                deterministic=deterministic,
+                limit_mm_per_prompt=limit_mm_per_prompt,
+                image_limits=image_limits,
+                media=media,
+                revision=revision,
+                load_ms=(perf_counter() - start) * 1e3,
+                halves=halves,
+            )
+        except BaseException:
+            for one in halves:
+                one.close()
+            raise
 
     # --- generation ---
 
@@ -484,9 +524,7 @@ class Runtime(ContrastiveCalls):
         """The visual tokens of one image; `.tokens` is (num_tiles * tokens_per_tile, llm hidden), on the device."""
         self._check_open()
         tiles, grid = self.processor.tile(image, GenerationConfig(max_tiles=max_tiles).max_tiles)
-        assert isinstance(self._model, InternVLModel)  # or there would have been no processor
-        tokens = self._model.encode_tiles(torch.from_numpy(tiles).to(self.device))
-        return VisualTokens(tokens.flatten(0, 1), len(tiles), grid)
+        return VisualTokens(self.engine.vision_stage.encode(torch.from_numpy(tiles)), len(tiles), grid)
 
     def count_tokens(
         self,
@@ -547,11 +585,11 @@ class Runtime(ContrastiveCalls):
         return self._chat_parts()[0]
 
     @property
-    def engine(self) -> Engine | Replicas:
+    def engine(self) -> Engine:
         """What runs the requests of a chat model."""
         return self._chat_parts()[1]
 
-    def _chat_parts(self) -> tuple[Processor, Engine | Replicas]:
+    def _chat_parts(self) -> tuple[Processor, Engine]:
         if self._chat is None:
             self._check_open()
             require_chat(self._model.config, self.name)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,14 @@ def serve(
     if print_config:
         print(settings.to_toml(), end="")
         return
+    apart = settings.replicas > 1 or settings.vision_replicas > 0
+    if apart and find_spec("ray") is None:
+        fail("serve with replicas needs the package ray: pip install 'vitrail[server,ray]'")
     try:
-        from .server.main import run
+        if apart:
+            from .server.ray_main import run
+        else:
+            from .server.main import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "vitrail":
             raise

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from .api import Runtime
 from .calibration import Example, prepare_examples
 from .engine.processor import Prepared
-from .errors import InvalidRequestError
+from .errors import InvalidRequestError, UnsupportedError
+from .layers.parallel import WHOLE
 from .layers.rotary import inverse_frequencies
 
 TILES_AT_ONCE = 8
@@ -114,6 +115,8 @@ def _observe(
 ) -> tuple[list[_Observed], list[Example], dict[str, str]]:
     """Load a runtime and ask it everything. follow: whose answers are read; its own if None."""
     with _loaded(keywords) as runtime, torch.inference_mode():
+        if runtime.model.part != WHOLE:
+            raise UnsupportedError("a comparison reads both halves in this process; load with placement='colocated'")
         found = prepare_examples(runtime.processor, examples, max_tiles)
         bar.total -= (1 if follow else 2) * len(found.skipped)
         if follow is not None and [p.token_ids for p in found.prompts] != [o.prompt.token_ids for o in follow]:

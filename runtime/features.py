@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .config import ContrastiveConfig, InternVLConfig
-from .errors import InvalidRequestError
+from .errors import InvalidRequestError, UnsupportedError
 from .image import ImageSource, open_image
 from .loaded import LoadedModel
+from .models.internvl import InternVLModel
 from .prefetch import batched, prefetched
 from .request import VisionFeatures
 from .resize import ImageSize, fit_image, read_image_size
@@ -41,6 +42,8 @@ class FeatureCalls(LoadedModel):
         hidden) and `pooled` (n, 2 * hidden), the class token followed by the mean patch. No norm is applied to them.
         """
         self._check_open()
+        if isinstance(self._model, InternVLModel) and not self._model.part.vision:
+            raise UnsupportedError("features: the vision half is in other processes; load with placement='colocated'")
         vision = self._model.vision_model
         patch = vision.config.patch_size
         size = read_image_size(image_size, self._own_image_size(), patch)

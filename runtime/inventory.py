@@ -9,6 +9,7 @@ import torch
 from .checkpoint_map import Slot, canonical_name, checkpoint_map
 from .config import ModelConfig
 from .errors import CheckpointError
+from .layers.parallel import Part
 from .quantization.formats.base import Format
 
 
@@ -69,6 +70,14 @@ class Inventory:
     def quantised(self) -> dict[str, Entry]:
         """Layer -> one of its entries, of the layers that are quantised."""
         return {entry.layer: entry for entry in self.entries.values() if entry.part is not None}
+
+    def absent(self, part: Part) -> set[str]:
+        """Tensors that a part of the model has no place for."""
+        return {
+            name
+            for name, entry in self.entries.items()
+            if entry.slot.parameter is None or not part.holds(entry.slot.parameter)
+        }
 
     def take(self, name: str, shape: tuple[int, ...], source: str) -> Entry | None:
         """What a tensor is, None for one that has no place. Raises if it came before or has another shape."""

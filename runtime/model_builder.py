@@ -1,27 +1,34 @@
 """A model that comes to memory weight by weight: parameters in their dtype, and quantised weights."""
 
+import sys
 import warnings
+from types import EllipsisType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_map import pack_order
+from .checkpoint_map import Slot, pack_order
 from .config import InternVLConfig
 from .errors import CheckpointError, ConfigError
 from .inventory import Entry, Inventory, is_linear
 from .layers.linear import LinearLayer, replace_weight
+from .layers.parallel import WHOLE, Part, Share
+from .models.decoder import shares_of
 from .models.internvl import InternVLModel
 from .quantization.config import VISION_METHODS, QuantizationConfig, is_vision
 from .quantization.methods import check_device, quantize_weight
-from .quantization.model import connect, pack, plan
+from .quantization.model import check_layers, connect, pack, plan
 from .quantization.weight import QuantizedWeight, concatenate
 
 _HEAD = "language_model.head"
 
 
 class ModelBuilder:
-    """A model whose weights come to memory one by one, plain or quantised."""
+    """A model whose weights come to memory one by one, plain or quantised.
+
+    whole: the model without memory, where `model` is a part of it, which `model.part` says.
+    """
 
     def __init__(
         self,
@@ -32,14 +39,23 @@ class ModelBuilder:
         dtype: torch.dtype,
         device: torch.device,
         pack: bool,
+        whole: nn.Module | None = None,
     ) -> None:
         self.model, self.inventory, self.quantization = model, inventory, quantization
         self.config = inventory.config
         self.dtype, self.device, self.pack = dtype, device, pack
-        self.methods = plan(model, quantization, device)
+        self.part: Part = model.part if isinstance(model, InternVLModel) else WHOLE
+        self.shares: dict[str, Share] = {}
+        if isinstance(model, InternVLModel) and self.part.splits_language:
+            shares = shares_of(model.config.llm, self.part)
+            self.shares = {f"language_model.{name}": share for name, share in shares.items()}
+        planned = plan(whole or model, quantization, device)
         self.ties = isinstance(model, InternVLModel) and model.config.llm.tie_word_embeddings
-        if self.ties and _HEAD in self.methods:
+        if self.ties and _HEAD in planned:
             raise ConfigError("the head cannot be quantised: its weights are those of the embedding")
+        self.methods = {module: method for module, method in planned.items() if self.part.holds(module)}
+        if self.shares:
+            check_layers(model, self.methods, quantization, device)
         self.stored = self._stored_methods()
         rounded = self.methods.keys() - self.stored.keys()
         if rounded:
@@ -47,7 +63,7 @@ class ModelBuilder:
             warnings.warn(
                 f"{len(rounded)} linear layers are rounded to nearest ({methods}) "
                 "without calibration, which costs accuracy: `vitrail quantize` writes a calibrated checkpoint",
-                stacklevel=5,  # the caller of `from_pretrained`
+                stacklevel=_stacklevel(),
             )
         # Parameters that have a quantised piece, in pieces: first row -> piece.
         self.pieces: dict[str, dict[int, QuantizedWeight | Tensor]] = {
@@ -61,6 +77,8 @@ class ModelBuilder:
         if stored is None:
             return chosen
         for entry in self.inventory.quantised.values():
+            if not self.part.holds(entry.module):
+                continue
             methods = stored.methods(entry.module)
             chosen[entry.module] = wanted = self.methods.get(entry.module, methods[0])
             if wanted not in methods:
@@ -70,19 +88,28 @@ class ModelBuilder:
         for method in set(chosen.values()):
             check_device(method, self.device)
         if any(is_vision(module) and method not in VISION_METHODS for module, method in chosen.items()):
-            warnings.warn("the vision half is stored with four bits, with which it may see nonsense", stacklevel=6)
+            warnings.warn(
+                "the vision half is stored with four bits, with which it may see nonsense", stacklevel=_stacklevel()
+            )
         return chosen
 
     def put(self, name: str, entry: Entry, tensor: Tensor) -> None:
-        """Take a tensor of the checkpoint to its place."""
-        slot, piece = entry.slot, self._piece(name, entry, tensor)
-        if piece is None or slot.parameter is None:
+        """Take a tensor of the checkpoint, or this part's share of it, to its place."""
+        slot = entry.slot
+        if slot.parameter is None or not self.part.holds(slot.parameter):
             return
-        if slot.kv_groups and isinstance(self.config, InternVLConfig):
-            order = pack_order(slot.shape[0], slot.kv_groups, self.config.llm).to(self._device_of(piece))
-            piece = piece.rows(order) if isinstance(piece, QuantizedWeight) else piece[order]
+        rows, target = self._rows(slot)
+        # Rows are rounded by themselves: those of other ranks need not be. Columns are not, and are cut afterwards.
+        piece = self._piece(name, entry, tensor[rows] if entry.part is None and rows is not ... else tensor)
+        if piece is None:
+            return
+        if entry.part is not None and rows is not ...:
+            piece = _taken(piece, rows)
+        columns = self.shares[slot.parameter].columns if slot.parameter in self.shares else None
+        if columns is not None:
+            piece = _columns(piece, columns, f"{entry.layer}, split over {self.part.size} ranks")
         if slot.parameter not in self.pieces:
-            self._parameter(slot.parameter).data[slot.rows].copy_(cast(Tensor, piece))
+            self._parameter(slot.parameter).data[target].copy_(cast(Tensor, piece))
             return
         pieces = self.pieces[slot.parameter]
         pieces[slot.start] = piece
@@ -90,16 +117,31 @@ class ModelBuilder:
             self._install(slot.parameter, concatenate([pieces[start] for start in sorted(pieces)]))
             pieces.clear()
 
+    def _rows(self, slot: Slot) -> tuple["slice | Tensor | EllipsisType", "slice | EllipsisType"]:
+        """Which rows of a tensor are wanted, in what order, and where in the parameter they go."""
+        order = None
+        if slot.kv_groups and isinstance(self.config, InternVLConfig):
+            order = pack_order(slot.shape[0], slot.kv_groups, self.config.llm)
+        share = self.shares.get(slot.parameter or "")
+        if share is None or not share.rows:
+            return (... if order is None else order), slot.rows
+        kept, place = share.rows_within(slot.start, slot.shape[0])
+        target = slice(place, place + len(kept))
+        if order is not None:
+            return order[kept], target
+        first, last = int(kept[0]), int(kept[-1]) + 1
+        return (slice(first, last) if last - first == len(kept) else kept), target
+
     def finish(self) -> None:
         """What can only be done when all tensors have come."""
-        if isinstance(self.model, InternVLModel) and self.ties:
+        if isinstance(self.model, InternVLModel) and self.ties and self.part.language:
             head = self.model.language_model.head
             if isinstance(head.weight, nn.Parameter) and head.weight.is_meta:
                 head.weight = self.model.language_model.embedding
         connect(self.model)
 
     def _piece(self, name: str, entry: Entry, tensor: Tensor) -> QuantizedWeight | Tensor | None:
-        """The whole weight of a layer of the checkpoint; None while tensors of it are still to come."""
+        """The weight of a layer of the checkpoint; None while tensors of it are still to come."""
         if entry.part is None:
             method = self.methods.get(entry.module) if is_linear(name, entry.slot) else None
             if method is None:
@@ -135,6 +177,25 @@ class ModelBuilder:
             setattr(self.model.get_submodule(owner), leaf, parameter)
         return parameter
 
-    @staticmethod
-    def _device_of(piece: QuantizedWeight | Tensor) -> torch.device:
-        return piece.canonical()[0].device if isinstance(piece, QuantizedWeight) else piece.device
+
+def _stacklevel() -> int:
+    """How far above the function that calls this the caller of the package is, whose line a warning should name."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _taken(piece: QuantizedWeight | Tensor, rows: "slice | Tensor") -> QuantizedWeight | Tensor:
+    device = piece.canonical()[0].device if isinstance(piece, QuantizedWeight) else piece.device
+    rows = rows.to(device) if isinstance(rows, Tensor) else rows
+    return piece.rows(rows) if isinstance(piece, QuantizedWeight) else piece[rows]
+
+
+def _columns(piece: QuantizedWeight | Tensor, columns: range, name: str) -> QuantizedWeight | Tensor:
+    if not isinstance(piece, QuantizedWeight):
+        return piece[:, columns.start : columns.stop]
+    try:
+        return piece.columns(columns)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None

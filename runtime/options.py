@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -97,10 +96,3 @@ def read_media(domains: Sequence[str], folder: str | Path | None) -> MediaPolicy
     if not isinstance(domains, list | tuple | set | frozenset):
         raise ConfigError(f"allowed_media_domains must be a list of host names, not {domains!r}")
     return MediaPolicy(tuple(domains), None if folder is None else Path(folder))
-
-
-def refuse_unavailable(**options: tuple[Any, Any]) -> None:
-    """Raise for the first option that is not at its default."""
-    for name, (value, default) in options.items():
-        if value != default:
-            raise UnsupportedError(f"{name}={value!r} is not available yet; only {default!r} is")

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from types import EllipsisType
@@ -23,18 +23,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint_map import TOWER_PREFIX, checkpoint_map, pack_order
+from .checkpoint_map import TOWER_PREFIX, canonical_name, checkpoint_map, pack_order
 from .config import (
     ORIGINAL_C,
     ContrastiveConfig,
     InternVLConfig,
     LlavaConfig,
     ModelConfig,
-    VisionConfig,
     load_any_config,
 )
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedError
 from .inventory import Inventory
+from .layers.parallel import WHOLE, Part, TensorParallel
 from .model_builder import ModelBuilder
 from .models.contrastive import ContrastiveModel
 from .models.internvl import InternVLModel
@@ -110,6 +110,8 @@ def load_model(
     device: torch.device,
     progress: bool | None = None,
     quantization: QuantizationConfig | None = None,
+    part: Part = ...,
+    parallel: TensorParallel | None = ...,
 ) -> InternVLModel: ...
 
 
@@ -122,6 +124,8 @@ def load_model(
     device: torch.device,
     progress: bool | None = None,
     quantization: QuantizationConfig | None = None,
+    part: Part = ...,
+    parallel: TensorParallel | None = ...,
 ) -> Model: ...
 
 
@@ -133,20 +137,25 @@ def load_model(
     device: torch.device,
     progress: bool | None = None,
     quantization: QuantizationConfig | None = None,
+    part: Part = WHOLE,
+    parallel: TensorParallel | None = None,
 ) -> Model:
     """Build the model of a checkpoint folder, its parameters in `dtype` on `device`.
 
     Shards are read one after the other, memory-mapped, so that the host holds at most one of them.
     progress: show a bar; None means on a terminal only. quantization: as in `build_model`; what the folder holds
-    quantised stays as it is. Raises `CheckpointError` naming tensors and files.
+    quantised stays as it is. part: what of the model to load; of the rest only names and shapes are read. parallel: the
+    other ranks of its language half. Raises `CheckpointError` naming tensors and files.
     """
     shards = find_shards(folder)
     tower = _find_tower(folder, config, shards)
     stored = stored_format(folder)
-    tensors = _read_shards(shards, progress)
-    if tower:
-        tensors = chain(tensors, ((TOWER_PREFIX + name, tensor) for name, tensor in _read_shards(tower, progress)))
     names = _all_names(shards) | {TOWER_PREFIX + name for name in _all_names(tower)} if stored is not None else None
+    absent = Inventory(config, stored, names).absent(part)
+    tensors = chain(
+        _read_shards(shards, progress, lambda name: canonical_name(name, config) not in absent),
+        _read_shards(tower, progress, lambda name: name not in absent, TOWER_PREFIX) if tower else (),
+    )
     if all(shard.suffix == ".safetensors" for shard in (*shards, *tower)):
         check_headers(shards, Inventory(config, stored, names), tower)
     return build_model(
@@ -158,6 +167,8 @@ def load_model(
         quantization=quantization,
         stored=stored,
         names=names,
+        part=part,
+        parallel=parallel,
     )
 
 
@@ -173,6 +184,8 @@ def build_model(
     stored: Format | None = ...,
     names: Collection[str] | None = ...,
     pack: bool = ...,
+    part: Part = ...,
+    parallel: TensorParallel | None = ...,
 ) -> InternVLModel: ...
 
 
@@ -188,6 +201,8 @@ def build_model(
     stored: Format | None = ...,
     names: Collection[str] | None = ...,
     pack: bool = ...,
+    part: Part = ...,
+    parallel: TensorParallel | None = ...,
 ) -> Model: ...
 
 
@@ -202,22 +217,25 @@ def build_model(
     stored: Format | None = None,
     names: Collection[str] | None = None,
     pack: bool = True,
+    part: Part = WHOLE,
+    parallel: TensorParallel | None = None,
 ) -> Model:
     """Build the model from (checkpoint name, tensor) pairs. Each expected tensor must come exactly once.
 
     quantization: round weights to nearest as they come, so that a model never stands in `dtype` as a whole.
     stored: the format of the tensors that are quantised already; names: of all tensors that will come, which otherwise
-    are gathered first. pack: see `quantize_model`.
+    are gathered first. pack: see `quantize_model`. part, parallel: as in `load_model`.
     """
     if stored is not None and names is None:
         tensors = list(tensors)
         names = [name for name, _ in tensors]
     with torch.device("meta"):
-        model = make_model(config).to(dtype)
+        model = make_model(config, part, parallel).to(dtype)
+        whole = model if part == WHOLE else make_model(config)
     model.requires_grad_(False).eval()
     inventory = Inventory(config, stored, names)
     builder = ModelBuilder(
-        model, inventory, quantization or QuantizationConfig(), dtype=dtype, device=device, pack=pack
+        model, inventory, quantization or QuantizationConfig(), dtype=dtype, device=device, pack=pack, whole=whole
     )
     for name, tensor in tensors:
         entry = inventory.take(name, tuple(tensor.shape), source)
@@ -228,13 +246,16 @@ def build_model(
     return model
 
 
-def make_model(config: ModelConfig) -> Model:
-    """The model of a config, its parameters not initialised."""
-    if isinstance(config, ContrastiveConfig):
-        return ContrastiveModel(config)
-    if isinstance(config, VisionConfig):
-        return VisionTower(config)
-    return LlavaModel(config) if isinstance(config, LlavaConfig) else InternVLModel(config)
+def make_model(config: ModelConfig, part: Part = WHOLE, parallel: TensorParallel | None = None) -> Model:
+    """The model of a config, or a part of it, its parameters not initialised."""
+    if isinstance(config, InternVLConfig):
+        model = LlavaModel(config) if isinstance(config, LlavaConfig) else InternVLModel(config)
+        if part != WHOLE:
+            model.reduce_to(part, parallel)
+        return model
+    if part != WHOLE:
+        raise UnsupportedError("only chat models have two halves that can be apart")
+    return ContrastiveModel(config) if isinstance(config, ContrastiveConfig) else VisionTower(config)
 
 
 def checkpoint_tensors(model: InternVLModel) -> Iterator[tuple[str, Tensor]]:
@@ -322,16 +343,22 @@ def open_safetensors(shard: Path) -> Any:
         raise CheckpointError(f"{shard}: not a readable safetensors file ({error})") from None
 
 
-def _read_shards(shards: list[Path], progress: bool | None) -> Iterator[tuple[str, Tensor]]:
+def _read_shards(
+    shards: list[Path], progress: bool | None, wanted: Callable[[str], bool], prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name, `prefix` before it; those not wanted come without their values."""
     bar = tqdm(shards, desc="loading", unit="shard", disable=None if progress is None else not progress)
     for shard in bar:
         if shard.suffix == ".safetensors":
             with open_safetensors(shard) as file:
                 names: list[str] = file.keys()
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    if wanted(prefix + name):
+                        yield prefix + name, file.get_tensor(name)
+                    else:
+                        yield prefix + name, torch.empty(file.get_slice(name).get_shape(), device="meta")
         else:
-            yield from read_pickled(shard).items()
+            yield from ((prefix + name, tensor) for name, tensor in read_pickled(shard).items())
 
 
 def read_pickled(shard: Path) -> dict[str, Tensor]:

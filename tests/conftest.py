@@ -41,10 +41,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         keep_one_of_each(config, items)
 
 
+def _is_long(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("slow")
+    return marker is not None and not marker.kwargs.get("smoke", True)
+
+
 def keep_one_of_each(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect all parameter sets but the first of each test function, and draw few examples where it draws any."""
+    """Deselect all parameter sets but the first of each test function, and draw few examples where it draws any.
+
+    What takes minutes whatever is drawn is marked `slow(smoke=False)`.
+    """
     first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-    dropped = [item for item in items if first[item.nodeid.partition("[")[0]] is not item]
+    dropped = [item for item in items if first[item.nodeid.partition("[")[0]] is not item or _is_long(item)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
     for item in items:

@@ -46,6 +46,7 @@ LAYERS = (
         *("runtime.server", "runtime.cli", "runtime.cli_options"),
         *("runtime.cli_contrastive", "runtime.cli_kernels", "runtime.cli_plan", "runtime.cli_quantize"),
         *("runtime.cli_serve", "runtime.cli_export", "runtime.cli_export_tensorrt", "runtime.export_check"),
+        "runtime.distributed.ray_app",  # whose deployments are servers
     ),
 )
 # The exporters are beside that line: they see the models and what carries them, never the engine.
@@ -103,8 +104,11 @@ def within(name: str, part: str) -> bool:
 
 
 def layer_of(name: str) -> int | None:
-    found = [rank for rank, layer in enumerate(LAYERS) if any(within(name, f"vitrail.{part}") for part in layer)]
-    return found[0] if found else None
+    """The layer of the longest name in the table that a module is within."""
+    found = [
+        (len(part), rank) for rank, layer in enumerate(LAYERS) for part in layer if within(name, f"vitrail.{part}")
+    ]
+    return max(found)[1] if found else None
 
 
 def may_import(importer: str, target: str) -> bool:

@@ -38,7 +38,7 @@ def run_vitrail(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_quick_start_runs_and_answers() -> None:
-    quick_start, _ = blocks("python")
+    quick_start, *_ = blocks("python")
     assert len([line for line in quick_start.splitlines() if line.strip()]) <= 10
     done = subprocess.run(
         [sys.executable, "-c", quick_start], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
@@ -48,10 +48,18 @@ def test_the_quick_start_runs_and_answers() -> None:
     assert answer == streamed == re.search(r"print\(answer\.text\)  # (.+)", quick_start)[1]
 
 
+def test_the_lines_for_several_devices_run_and_answer() -> None:
+    *_, snippet = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.stdout.strip() == re.search(r"\.text\)  # (.+)$", snippet, re.MULTILINE)[1], done.stderr
+
+
 def test_the_lines_for_the_server_are_answered() -> None:
     """By a server on a port that is free; theirs may not be."""
     [curl] = [block for block in blocks("") if block.startswith("curl ")]
-    _, snippet = blocks("python")
+    _, snippet, _ = blocks("python")
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

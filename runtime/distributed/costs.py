@@ -27,8 +27,8 @@ class Costs(Protocol):
         """Tiles in one pass, from pixels to visual tokens."""
         ...
 
-    def prefill_ms(self, tokens: float, pairs: float) -> float:
-        """A pass of prompt tokens whose attention looks at so many pairs of positions."""
+    def prefill_ms(self, tokens: float, pairs: float, prompts: float = 1) -> float:
+        """A pass of tokens of so many prompts, whose attention looks at so many pairs of positions."""
         ...
 
     def decode_ms(self, rows: float, tokens: float) -> float:
@@ -37,6 +37,11 @@ class Costs(Protocol):
 
     def beside_ms(self, rows: float, tokens: float, prompt: float) -> float:
         """What such rows add to a pass that `prompt` tokens have anyway."""
+        ...
+
+    @property
+    def wake_ms(self) -> float:
+        """What a step that follows a wait takes more."""
         ...
 
 
@@ -56,6 +61,10 @@ class Roofline:
     gpu: Gpu
     quantization: QuantizationConfig
     few_rows: float = MAX_ROWS
+
+    @property
+    def wake_ms(self) -> float:
+        return 0.0
 
     def __post_init__(self) -> None:
         for numbers in (self._vision_numbers, self._language_numbers):
@@ -120,7 +129,7 @@ class Roofline:
         kv_bytes = tokens * self.sizes.config.llm.kv_bytes_per_token
         return kv_bytes * 1e-9 / (self.gpu.bandwidth * self.gpu.shares.kv)
 
-    def prefill_ms(self, tokens: float, pairs: float) -> float:
+    def prefill_ms(self, tokens: float, pairs: float, prompts: float = 1) -> float:
         llm = self.sizes.config.llm
         attention = 4e-9 * pairs * llm.num_attention_heads * llm.head_dim * llm.num_hidden_layers
         return self._linear_ms(tokens) + attention / (self.gpu.tflops["bf16"] * self.gpu.shares.prefill_attention)
@@ -158,7 +167,8 @@ class Measured:
     """What `bench/scaling.py calibrate` wrote for one model on one device: steps of the engine, timed from outside.
 
     decode, beside (by prompt tokens in the pass): at `context` tokens a row; what more tokens add is `kv_ms` for each.
-    prefill: of fresh prompts; what more pairs add is `pair_ms` for each.
+    prefill: of one prompt without its attention, which is `pair_ms` for each pair; every further prompt in the pass
+    adds `prompt_ms`. wake_ms: caches and clock speed that a wait costs.
     """
 
     vision: Curve
@@ -168,12 +178,14 @@ class Measured:
     context: float
     kv_ms: float
     pair_ms: float
+    prompt_ms: float
+    wake_ms: float
 
     def vision_ms(self, tiles: float) -> float:
         return self.vision(tiles)
 
-    def prefill_ms(self, tokens: float, pairs: float) -> float:
-        return self.prefill(tokens) + max(0.0, pairs - tokens**2 / 2) * self.pair_ms
+    def prefill_ms(self, tokens: float, pairs: float, prompts: float = 1) -> float:
+        return self.prefill(tokens) + pairs * self.pair_ms + max(0.0, prompts - 1) * self.prompt_ms
 
     def decode_ms(self, rows: float, tokens: float) -> float:
         return self.decode(rows) + (tokens - rows * self.context) * self.kv_ms
@@ -191,6 +203,13 @@ STAGES = {"vision": "tiles", "prefill": "tokens", "decode": "rows"}
 def _curve(rows: Sequence[Mapping[str, Any]], count: str) -> Curve:
     points = sorted((float(row[count]), float(row["ms"])) for row in rows)
     return Curve(tuple(x for x, _ in points), tuple(y for _, y in points))
+
+
+def _without_attention(row: Mapping[str, Any], *, pair: float, prompt: float, **_: float) -> float:
+    """What a pass of fresh prompts of one length takes, if it was one prompt and its attention cost nothing."""
+    tokens, prompts = float(row["tokens"]), float(row.get("prompts", 1))
+    pairs = causal_pairs(tokens / prompts, tokens / prompts) * prompts
+    return max(0.0, float(row["ms"]) - pairs * pair - (prompts - 1) * prompt)
 
 
 def read_measured(path: Path, model: str, quantization: QuantizationConfig) -> Measured | None:
@@ -211,9 +230,20 @@ def read_measured(path: Path, model: str, quantization: QuantizationConfig) -> M
         beside = {prompt: _curve([row for row in rows_beside if row["tokens"] == prompt], "rows") for prompt in prompts}
         if not beside:
             raise ConfigError(f"{path}: no row of the stage beside for {model}")
-        single = {row["stage"]: float(row["ms"]) for row in found if row["stage"] in ("kv", "pair")}
+        single = {"prompt": 0.0, "wake": 0.0}  # which older tables have not
+        single |= {row["stage"]: float(row["ms"]) for row in found if row["stage"] in ("kv", "pair", *single)}
+        whole = [row for row in found if row["stage"] == "prefill"]
+        curves["prefill"] = _curve([{**row, "ms": _without_attention(row, **single)} for row in whole], "tokens")
         context = next(float(row["context"]) for row in found if row["stage"] == "decode")
-        return Measured(**curves, beside=beside, context=context, kv_ms=single["kv"], pair_ms=single["pair"])
+        return Measured(
+            **curves,
+            beside=beside,
+            context=context,
+            kv_ms=single["kv"],
+            pair_ms=single["pair"],
+            prompt_ms=single["prompt"],
+            wake_ms=single["wake"],
+        )
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, StopIteration) as error:
@@ -229,6 +259,10 @@ class TensorParallel:
     gpu: Gpu
     size: int
 
+    @property
+    def wake_ms(self) -> float:
+        return self.costs.wake_ms
+
     def _reduce_ms(self, tokens: float) -> float:
         """Two all-reduces a layer, of a row a token."""
         llm = self.sizes.config.llm
@@ -239,8 +273,8 @@ class TensorParallel:
     def vision_ms(self, tiles: float) -> float:
         return self.costs.vision_ms(ceil(tiles / self.size))
 
-    def prefill_ms(self, tokens: float, pairs: float) -> float:
-        return self.costs.prefill_ms(tokens, pairs) / self.size + self._reduce_ms(tokens)
+    def prefill_ms(self, tokens: float, pairs: float, prompts: float = 1) -> float:
+        return self.costs.prefill_ms(tokens, pairs, prompts) / self.size + self._reduce_ms(tokens)
 
     def decode_ms(self, rows: float, tokens: float) -> float:
         return self.costs.decode_ms(rows, tokens) / self.size + self._reduce_ms(rows)

@@ -1,7 +1,7 @@
 """GPUs that `vitrail plan` knows: their datasheets, and what share of those each stage is taken to reach."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 
@@ -29,6 +29,7 @@ class Gpu:
     """A datasheet: GB, dense TFLOP/s by type of numbers, TB/s of memory; and what an all-reduce between two takes.
 
     reduce_us, reduce_gb_s: of a short one, and of a long one. devices: names that `bench/results` has for it.
+    capability: CUDA's.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Gpu:
     reduce_gb_s: float
     shares: Shares
     devices: tuple[str, ...]
+    capability: tuple[int, int]
 
 
 AMPERE = Shares(
@@ -81,13 +83,28 @@ _HOPPER = {"bf16": 989, "int8": 1979, "fp8": 1979}
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 40, _A100, 1.555, 12, 240, AMPERE, ("a100-sxm4-40gb", "a100-pcie-40gb")),
-        Gpu("a100-80gb", 80, _A100, 2.039, 12, 240, AMPERE, ("a100-sxm4-80gb", "a100-80gb-pcie")),
-        Gpu("h100", 80, _HOPPER, 3.35, 10, 360, HOPPER, ("h100-80gb-hbm3",)),
-        Gpu("h200", 141, _HOPPER, 4.8, 10, 360, HOPPER, ("h200",)),
-        Gpu("l40s", 48, {"bf16": 362, "int8": 733}, 0.864, 25, 20, ADA, ("l40s",)),
+        Gpu("a100-40gb", 40, _A100, 1.555, 12, 240, AMPERE, ("a100-sxm4-40gb", "a100-pcie-40gb"), (8, 0)),
+        Gpu("a100-80gb", 80, _A100, 2.039, 12, 240, AMPERE, ("a100-sxm4-80gb", "a100-80gb-pcie"), (8, 0)),
+        Gpu("h100", 80, _HOPPER, 3.35, 10, 360, HOPPER, ("h100-80gb-hbm3",), (9, 0)),
+        Gpu("h200", 141, _HOPPER, 4.8, 10, 360, HOPPER, ("h200",), (9, 0)),
+        Gpu("l40s", 48, {"bf16": 362, "int8": 733}, 0.864, 25, 20, ADA, ("l40s",), (8, 9)),
     )
 }
+
+
+def nearest_gpu(device: str, memory_gb: float, capability: tuple[int, int]) -> tuple[Gpu, bool]:
+    """The row for a GPU by its name in `bench/results`, and whether it is that GPU's own.
+
+    One that has none is taken for the row of the nearest compute capability from below, or the lowest, and there of the
+    nearest memory; its memory is its own.
+    """
+    for gpu in GPUS.values():
+        if device in gpu.devices:
+            return gpu, True
+    known = sorted({gpu.capability for gpu in GPUS.values()})
+    below = max((one for one in known if one <= capability), default=known[0])
+    alike = [gpu for gpu in GPUS.values() if gpu.capability == below]
+    return replace(min(alike, key=lambda gpu: abs(gpu.memory_gb - memory_gb)), memory_gb=memory_gb), False
 
 
 def find_gpu(name: str) -> Gpu:

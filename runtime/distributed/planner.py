@@ -2,8 +2,8 @@
 
 A *group* is the GPUs of one language half: one, or several with tensor parallelism. Its GPUs encode whole tiles too,
 unless encoders of their own do (*split*). A request costs its group the vision half and the prompt, and a share of
-every decode step in between; steps are what the scheduler makes them: while anything decodes a step has
-`CHUNK_TOKENS` of prompts and tiles at most, so that a long prompt needs many steps, whoever decodes beside it.
+every decode step in between; steps are what the scheduler makes them: while anything decodes a step has at most
+`CHUNK_TOKENS` of prompts and tiles for each GPU of the group, so that a long prompt needs many steps, whoever decodes.
 `simulator.py` runs the scheduler itself and says how far this is off.
 """
 
@@ -22,7 +22,10 @@ from .workload import Workload
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within one machine
-ENCODER_BATCH = 16  # tiles that an encoder takes at a time when more wait
+# Tiles that an encoder takes at a time when more wait, and how many times that it holds: as `vision_pool.py` has it.
+ENCODER_BATCH = 8
+ENCODER_DEPTH = 2
+BATCH = 16  # tiles of a pass that no step bounds
 # CUDA's context, the libraries' workspaces, what the graphs of a decode step hold. Judged, not measured.
 OVERHEAD_GB = 1.5
 MOST_GPUS = 1024  # that an answer to "how many would do?" is looked for
@@ -111,8 +114,8 @@ class Prediction:
 class Planner:
     """A model on GPUs of one kind, for one workload.
 
-    chunk_tokens: of prompts and tiles in a step in which others decode; None for steps without that bound, in which
-    prompts run whole between decode steps of full batches.
+    chunk_tokens: of prompts and tiles in a step in which others decode, for each GPU of a group; None for steps without
+    that bound, in which prompts run whole between decode steps of full batches.
     """
 
     sizes: ModelSizes
@@ -262,11 +265,16 @@ class Planner:
 
     # --- capacity ---
 
+    def budget(self, placement: Placement) -> int | None:
+        """Tokens of prompts and tiles in a step of a group in which others decode."""
+        return self.chunk_tokens and self.chunk_tokens * placement.tensor_parallel
+
     def _tiles_at_once(self, placement: Placement) -> int:
         """Tiles that a group encodes in one pass."""
-        if self.chunk_tokens is None:
-            return ENCODER_BATCH * placement.tensor_parallel
-        return max(1, self.chunk_tokens // self.workload.tokens_per_tile)
+        budget = self.budget(placement)
+        if budget is None:
+            return BATCH * placement.tensor_parallel
+        return max(1, budget // self.workload.tokens_per_tile)
 
     def _vision_ms(self, placement: Placement, costs: Costs) -> float:
         """What the vision half takes of a group for one request."""
@@ -284,27 +292,29 @@ class Planner:
 
     def _encoder_ms(self) -> float:
         """What the vision half takes of an encoder for one request."""
-        return self.workload.tiles / ENCODER_BATCH * self.costs.vision_ms(ENCODER_BATCH)
+        batch = ENCODER_BATCH if self.chunk_tokens else BATCH
+        return self.workload.tiles / batch * self.costs.vision_ms(batch)
 
-    def _prompt_steps(self) -> float:
+    def _prompt_steps(self, placement: Placement) -> float:
         """Steps that a request's prompt is spread over."""
-        return self.workload.prompt / self.chunk_tokens if self.chunk_tokens else 0.0
+        budget = self.budget(placement)
+        return self.workload.prompt / budget if budget else 0.0
 
     def _vision_steps(self, placement: Placement) -> float:
         if placement.encoders or not self.chunk_tokens:
             return 0.0
         return self.workload.tiles / self._tiles_at_once(placement)
 
-    def _prefill_ms(self, costs: Costs) -> float:
+    def _prefill_ms(self, placement: Placement, costs: Costs) -> float:
         """A request's prompt, in the passes that it has."""
         tokens, pairs = self.workload.prompt, self.workload.causal_pairs
-        steps = max(1.0, self._prompt_steps())
+        steps = max(1.0, self._prompt_steps(placement))
         return steps * costs.prefill_ms(tokens / steps, pairs / steps)
 
     def _chunk_ms(self, placement: Placement, costs: Costs) -> float:
         """The most that a step takes beside its decode rows."""
         longest = max(self.workload.prompt_tokens(kind) for kind in self.workload.kinds)
-        tokens = min(self.chunk_tokens or longest, longest)
+        tokens = min(self.budget(placement) or longest, longest)
         prompt = costs.prefill_ms(tokens, causal_pairs(tokens, longest))
         most = max(kind.tiles for kind in self.workload.kinds)
         tiles = min(most, self._tiles_at_once(placement)) if not placement.encoders else 0
@@ -313,14 +323,14 @@ class Planner:
     def _group_ms(self, placement: Placement, costs: Costs, rows: int) -> tuple[float, float]:
         """Milliseconds of a group for a request when others wait, and the rows that decode on average."""
         output, context = self.workload.output, self.workload.context
-        prompts, visions = self._prompt_steps(), self._vision_steps(placement)
+        prompts, visions = self._prompt_steps(placement), self._vision_steps(placement)
         # One row at a time is in its prompt and does not decode, if there are steps between its chunks.
         decoding = max(1.0, rows - 1) if self.chunk_tokens else rows
         steps = max(prompts + visions, output / decoding)
         batch = output / steps
-        mixed = prompts * costs.beside_ms(batch, batch * context, self.chunk_tokens or 0)
+        mixed = prompts * costs.beside_ms(batch, batch * context, self.budget(placement) or 0)
         decode = (steps - prompts) * costs.decode_ms(batch, batch * context)
-        return self._vision_ms(placement, costs) + self._prefill_ms(costs) + mixed + decode, batch
+        return self._vision_ms(placement, costs) + self._prefill_ms(placement, costs) + mixed + decode, batch
 
     # --- latency ---
 
@@ -328,15 +338,16 @@ class Planner:
         """Mean time to the first token, and between tokens, at a rate below capacity."""
         output, context = self.workload.output, self.workload.context
         each = rate / placement.groups / 1e3  # requests a millisecond and group
-        vision, prefill = self._vision_ms(placement, costs), self._prefill_ms(costs)
-        prompts, visions = self._prompt_steps(), self._vision_steps(placement)
+        vision, prefill = self._vision_ms(placement, costs), self._prefill_ms(placement, costs)
+        budget = self.budget(placement) or 0
+        prompts, visions = self._prompt_steps(placement), self._vision_steps(placement)
         # Rows by Little's law: tokens a millisecond times the step. A share of all time goes to prompts and tiles;
         # a step that holds a prompt reads the weights for its rows too.
         own = each * (vision + prefill)
 
         def step_ms(batch: float) -> float:
             full = costs.decode_ms(batch, batch * context)
-            saved = each * prompts * (full - costs.beside_ms(batch, batch * context, self.chunk_tokens or 0))
+            saved = each * prompts * (full - costs.beside_ms(batch, batch * context, budget))
             return full / max(1e-3, 1 - own + saved)
 
         low, high = 0.0, float(rows)
@@ -347,7 +358,7 @@ class Planner:
         itl = step_ms(batch)
         # The prompt goes in order of arrival, between the rows of whoever decodes: a queue with service of one length.
         decoding = min(1.0, high)
-        between = prompts * costs.beside_ms(batch, batch * context, self.chunk_tokens or 0)
+        between = prompts * costs.beside_ms(batch, batch * context, budget)
         between += visions * costs.decode_ms(batch, batch * context)
         service = vision + prefill + decoding * between
         ttft = service + _queue_ms(service, rate / 1e3, placement.groups)

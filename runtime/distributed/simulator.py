@@ -2,7 +2,7 @@
 
 Every group of GPUs has a `Scheduler` and a `BlockManager`, the ones that the engine runs; the costs say how long each
 step takes. Nothing waits and nothing is computed, so that an hour of 64 GPUs takes seconds, and the same seed gives the
-same result. Not simulated: decoding and cutting of images, caches, the network to the user.
+same result. Not simulated: decoding and cutting of images, caches, the network to the user and between GPUs.
 """
 
 import heapq
@@ -14,12 +14,12 @@ from functools import partial
 from itertools import count, pairwise
 from math import gcd
 
-from ..engine.batch import Batch, Image, RequestState, SequenceState
+from ..engine.batch import Batch, Image, RequestState, SequenceState, Tiles
 from ..engine.block_manager import BlockManager
-from ..engine.scheduler import Scheduler
+from ..engine.scheduler import CHUNK_TOKENS, Scheduler
 from ..layers.kv_cache import BLOCK_SIZE
 from .costs import Costs, causal_pairs
-from .planner import ENCODER_BATCH, Placement, Planner, Prediction
+from .planner import ENCODER_BATCH, ENCODER_DEPTH, Placement, Planner, Prediction
 from .workload import Kind, Workload
 
 
@@ -29,7 +29,6 @@ class Arrival(RequestState):
 
     came: float = 0.0
     answer: int = 1
-    tiles_left: int = 0
     times: list[float] = field(default_factory=list)
 
 
@@ -46,17 +45,20 @@ class Group:
 
     def step_ms(self, batch: Batch[Arrival]) -> float:
         """How long a step takes."""
-        prompt = pairs = rows = context = 0.0
+        prompt = pairs = prompts = rows = context = 0.0
         for chunk in batch.chunks:
             if chunk.decodes:
                 rows += 1
                 context += chunk.end
             else:
+                prompts += 1
                 prompt += chunk.end - chunk.start
                 pairs += causal_pairs(chunk.end - chunk.start, chunk.end)
-        vision = self.costs.vision_ms(batch.num_tiles) if batch.tiles else 0.0
+        own = batch.tiles and self.scheduler.tiles_in_flight is None
+        vision = self.costs.vision_ms(batch.num_tiles) if own else 0.0
         if prompt:
-            return vision + self.costs.prefill_ms(prompt, pairs) + self.costs.beside_ms(rows, context, prompt)
+            ms = self.costs.prefill_ms(prompt, pairs, prompts)
+            return vision + ms + self.costs.beside_ms(rows, context, prompt)
         return vision + (self.costs.decode_ms(rows, context) if rows else 0.0)
 
     def finish_step(self, batch: Batch[Arrival], now: float) -> None:
@@ -141,30 +143,31 @@ def arrival(number: int, kind: Kind, tokens_per_tile: int, came: float) -> Arriv
         [SequenceState(0)],
         came=came,
         answer=kind.output,
-        tiles_left=kind.tiles,
     )
 
 
 class Deployment:
-    """Groups, each request going to the one that has the fewest, and encoders, if there are any, before them.
+    """Groups, each request going to the one that has the fewest, and encoders, if there are any, that all share.
 
-    Tiles wait in one queue for whichever encoder is idle; a request goes on when the last of its tiles is encoded.
+    Tiles that schedulers send wait in one queue for whichever encoder is idle, and go back as each batch is encoded.
     """
 
     def __init__(self, groups: Sequence[Group], *, encoders: int = 0, encoder_costs: Costs | None = None) -> None:
         if encoders and encoder_costs is None:
             raise ValueError(f"{encoders} encoders need costs")
+        if any((one.scheduler.tiles_in_flight is not None) != bool(encoders) for one in groups):
+            raise ValueError(f"schedulers that send tiles need encoders, and the others have none: {encoders} encoders")
         self.groups = groups
         self.idle_encoders = encoders
         self._encoder_costs = encoder_costs if encoders else None
-        self._tiles: deque[Arrival] = deque()  # a request for each of its tiles
+        self._tiles: deque[tuple[Group, Tiles[Arrival]]] = deque()
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()  # of events at one time
 
     def run(self, requests: Sequence[Arrival]) -> Simulated:
         """Serve all requests to their ends."""
         for request in requests:
-            self._at(request.came, partial(self._arrive, request))
+            self._at(request.came, partial(self._serve, request))
         now = 0.0
         while self._events:
             now, _, happen = heapq.heappop(self._events)
@@ -175,50 +178,48 @@ class Deployment:
     def _at(self, time: float, happen: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), happen))
 
-    def _arrive(self, request: Arrival, now: float) -> None:
-        if self._encoder_costs is not None and request.tiles_left:
-            self._tiles.extend([request] * request.tiles_left)
-            self._encode(now)
-        else:
-            self._serve(request, now)
-
-    def _encode(self, now: float) -> None:
-        """Give tiles to every idle encoder, as many as it can take or as leave the others their share."""
-        while self._encoder_costs is not None and self.idle_encoders and self._tiles:
-            share = min(ENCODER_BATCH, -(-len(self._tiles) // self.idle_encoders))
-            taken = [self._tiles.popleft() for _ in range(share)]
-            self.idle_encoders -= 1
-            self._at(now + self._encoder_costs.vision_ms(share), partial(self._encoded, taken))
-
-    def _encoded(self, taken: list[Arrival], now: float) -> None:
-        self.idle_encoders += 1
-        for request in taken:
-            request.tiles_left -= 1
-            if not request.tiles_left:
-                for image in request.images:
-                    image.num_encoded, image.kept = image.num_tiles, True
-                self._serve(request, now)
-        self._encode(now)
-
     def _serve(self, request: Arrival, now: float) -> None:
         group = min(self.groups, key=lambda one: one.unfinished)
         group.unfinished += 1
         group.scheduler.add(request)
-        if not group.steps:
-            self._step(group, now)
+        self._wake(group, now)
 
-    def _step(self, group: Group, now: float) -> None:
+    def _wake(self, group: Group, now: float) -> None:
+        """Have a group that waits take a step, once whatever happens at the same moment has happened."""
+        if not group.steps:
+            group.steps = True
+            self._at(now, partial(self._step, group, group.costs.wake_ms))
+
+    def _step(self, group: Group, more_ms: float, now: float) -> None:
         batch = group.scheduler.schedule()
         group.preempted += len(batch.preempted)
-        group.steps = bool(batch.tiles or batch.chunks)
+        if self._encoder_costs is not None:
+            self._tiles.extend((group, tiles) for tiles in batch.tiles)
+            self._encode(self._encoder_costs, now)
+        group.steps = bool(batch.chunks or (batch.tiles and self._encoder_costs is None))
         if group.steps:
-            length = group.step_ms(batch)
+            length = group.step_ms(batch) + more_ms
             group.busy_ms += length
             self._at(now + length, partial(self._stepped, group, batch))
 
+    def _encode(self, costs: Costs, now: float) -> None:
+        """Give tiles to every idle encoder, as many as it can take or as leave the others their share."""
+        while self.idle_encoders and self._tiles:
+            share = min(ENCODER_BATCH, -(-len(self._tiles) // self.idle_encoders))
+            taken = [self._tiles.popleft() for _ in range(share)]
+            self.idle_encoders -= 1
+            self._at(now + costs.vision_ms(share), partial(self._encoded, costs, taken))
+
+    def _encoded(self, costs: Costs, taken: list[tuple[Group, Tiles[Arrival]]], now: float) -> None:
+        self.idle_encoders += 1
+        for group, tiles in taken:
+            group.scheduler.arrived(tiles)
+            self._wake(group, now)
+        self._encode(costs, now)
+
     def _stepped(self, group: Group, batch: Batch[Arrival], now: float) -> None:
         group.finish_step(batch, now)
-        self._step(group, now)
+        self._step(group, 0.0, now)
 
 
 def groups_of(planner: Planner, prediction: Prediction) -> list[Group]:
@@ -227,13 +228,20 @@ def groups_of(planner: Planner, prediction: Prediction) -> list[Group]:
     num_blocks = planner.kv_tokens(placement, prediction.memory) // BLOCK_SIZE
     # No more blocks than rows can use: they would only be listed.
     num_blocks = min(num_blocks, (prediction.rows + 1) * -(-planner.workload.longest // BLOCK_SIZE))
-    return [
-        Group(
-            Scheduler(BlockManager(num_blocks, BLOCK_SIZE), max_num_seqs=prediction.rows, enable_prefix_caching=False),
-            planner.group_costs(placement),
+    # All encoders take, for whichever group sends them.
+    tiles_in_flight = ENCODER_BATCH * ENCODER_DEPTH * placement.encoders or None
+    costs = planner.group_costs(placement)
+
+    def scheduler() -> Scheduler[Arrival]:
+        return Scheduler(
+            BlockManager(num_blocks, BLOCK_SIZE),
+            max_num_seqs=prediction.rows,
+            enable_prefix_caching=False,
+            chunk_tokens=CHUNK_TOKENS * placement.tensor_parallel,
+            tiles_in_flight=tiles_in_flight,
         )
-        for _ in range(placement.groups)
-    ]
+
+    return [Group(scheduler(), costs) for _ in range(placement.groups)]
 
 
 def deployment_of(planner: Planner, prediction: Prediction) -> Deployment:

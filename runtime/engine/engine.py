@@ -23,24 +23,26 @@ from ..request import FinishReason, GenerationConfig, StreamDelta, Usage
 from ..sampler import Sampled, SamplingState, StopChecker, sample
 from ..structured import Grammars
 from ..tokenizer import Tokenizer
-from .batch import Batch, Chunk, image_places
+from .batch import Batch, Chunk, Tiles, image_places
 from .memory import first_blocks
 from .preparation import Preparation
 from .processor import Prepared, Processor
 from .recorder import Recorder
 from .runner import Row, Runner
-from .scheduler import Scheduler
+from .scheduler import CHUNK_TOKENS, Scheduler
 from .sequence import Request, Sequence
 from .turns import Turns
 from .vision_cache import LoadedImage, VisionCache, domain_key, tiles_key
-from .vision_stage import VisionStage
+from .vision_stage import Arrived, VisionStage, VisionWorkers
 
 
 class Engine:
     """Runs prepared requests on the model of a runner. Thread-safe.
 
     `revision` names the model in the keys of caches. With an `exact` runner every pass has a shape that the request
-    alone decides, so that its greedy answer is the same to the bit whatever runs beside it.
+    alone decides, so that its greedy answer is the same to the bit whatever runs beside it. `vision`: workers that the
+    vision half runs on, if not where the runner is; whoever made them ends them. `chunk_tokens`: of prompts in a step
+    in which others decode.
     """
 
     def __init__(
@@ -52,13 +54,16 @@ class Engine:
         context_token_id: int,
         stop_token_ids: frozenset[int],
         max_num_batched_tokens: int = 8192,
+        chunk_tokens: int = CHUNK_TOKENS,
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         vision_cache: VisionCache | None = None,
         recorder: Recorder | None = None,
+        vision: VisionWorkers | None = None,
         revision: str = "",
     ) -> None:
         self.runner = runner
+        self.vision = vision
         self.config = runner.config
         self.device = runner.device
         self.max_num_seqs = runner.max_num_seqs
@@ -71,7 +76,8 @@ class Engine:
         self.recorder = recorder or Recorder()
         self.vision_cache = vision_cache or VisionCache(2**30)
         self.grammars = Grammars(tokenizer, self.config.llm.vocab_size, stop_token_ids)
-        runner.warm_up_vision()
+        if vision is None:
+            runner.warm_up_vision()
         self.blocks = first_blocks(runner, gpu_memory_utilization)
         self.scheduler: Scheduler[Request] = Scheduler(
             self.blocks,
@@ -79,11 +85,14 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
             exact=runner.exact,
+            chunk_tokens=chunk_tokens,
+            tiles_in_flight=None if vision is None else vision.capacity,
         )
         self.closed = False
+        self._failure: VitrailError | None = None
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
-        self._registry = threading.Lock()  # of new requests against closing
+        self._registry = threading.Lock()  # of new requests against the end of all
         self.turns = Turns(lambda: self._step())
         # Keys of images are of use only if something is cached.
         self._names_images = enable_prefix_caching or self.vision_cache.max_bytes > 0
@@ -94,7 +103,7 @@ class Engine:
             self._domain,
             self._report_loaded,
         )
-        self.vision_stage = VisionStage(self.runner, self.vision_cache, self.recorder)
+        self.vision_stage = VisionStage(self.runner, self.vision_cache, self.recorder, vision)
         self._pass: tuple[str, list[Chunk[Request]], float] | None = None  # that runs, and since when
         self._decoding: list[Chunk[Request]] = []  # of the step that runs
 
@@ -150,6 +159,8 @@ class Engine:
         with self._registry:
             if self.closed:
                 raise InvalidRequestError("this Runtime is closed")
+            if self.failure is not None:
+                raise self.failure
             if request_id in self._requests:
                 raise InvalidRequestError(f"request id {request_id!r} is in use")
             self._requests[request_id] = request
@@ -203,6 +214,19 @@ class Engine:
         if request.finished is None:
             self.turns.post(partial(self._finish, request, "abort"), now=True)
 
+    @property
+    def failure(self) -> VitrailError | None:
+        """Why no request can be answered any more."""
+        if self._failure is None and not self.closed:
+            self._failure = self.runner.failure
+        return self._failure
+
+    def fail_all(self, error: VitrailError) -> None:
+        """End every request with `error`, and refuse new ones with it. On any thread."""
+        with self._registry:
+            self._failure = self._failure or error
+        self.turns.post(partial(self._fail_all, error), now=True)
+
     def close(self) -> None:
         """Abort every request and let go of the model and the cache."""
         with self._registry:
@@ -218,7 +242,7 @@ class Engine:
             del self.runner, self.vision_stage
 
     def step(self) -> None:
-        """Read what callers ask for, then run one batch. Waits for images if there is nothing else to do."""
+        """Read what callers ask for, then run one batch. Waits for images or tiles if there is nothing else to do."""
         with self.turns.turn():
             self._step()
 
@@ -255,7 +279,13 @@ class Engine:
                 "evicted": blocks.num_evicted,
             },
             "vision_cache": {"bytes": cache.num_bytes, "hits": cache.hits, "misses": cache.misses},
+            **({"vision_workers": self._vision_stats()} if self.vision is not None else {}),
         }
+
+    def _vision_stats(self) -> dict[str, object]:
+        assert self.vision is not None
+        in_flight = self.scheduler.tiles_in_flight
+        return {**self.vision.stats(), "tiles_in_flight": self.scheduler.num_in_flight, "capacity": in_flight}
 
     @property
     def num_requests(self) -> int:
@@ -298,8 +328,7 @@ class Engine:
         try:
             self._run_step()
         except Exception as error:  # of the engine's own making: better that all end than that one waits for ever
-            for request in list(self._requests.values()):
-                self._fail(request, error)
+            self._fail_all(error)
 
     def _run_step(self) -> None:
         self.turns.read()
@@ -307,10 +336,14 @@ class Engine:
         if not self.scheduler and self.preparation.loading:
             self.turns.read(wait=True)
             self.preparation.go_on(self.scheduler.waiting)
+        if self.failure is not None:
+            self._fail_all(self.failure)
         batch = self.scheduler.schedule()
-        if not batch.tiles and not batch.chunks:
-            return
         self._admit(batch)
+        if not batch.tiles and not batch.chunks:
+            if self.scheduler and self.scheduler.num_in_flight:
+                self.turns.read(wait=True)  # for tiles, or for whatever comes first
+            return
         self._guarded(batch, partial(self._run_vision, batch))
         chunks = [chunk for chunk in batch.chunks if chunk.request.finished is None]
         if chunks:
@@ -371,7 +404,7 @@ class Engine:
         for image, loaded in zip(request.images, request.loaded, strict=True):
             image.key = loaded.key
             image.kept = loaded.tokens is not None
-            image.num_encoded = image.num_tiles if image.kept else 0
+            image.num_sent = image.num_encoded = image.num_tiles if image.kept else 0
             self.recorder.count("tiles loaded", 0 if image.kept else image.num_tiles)
         self.recorder.count("tokens prompt", len(request.prompt_token_ids))
         self.scheduler.add(request)
@@ -379,7 +412,11 @@ class Engine:
     # --- the vision half ---
 
     def _run_vision(self, batch: Batch[Request]) -> None:
-        """Copy blocks that are about to be written, and encode the tiles of all requests together."""
+        """Copy blocks that are about to be written, and encode the tiles of all requests together, or send them."""
+        if self.vision is not None:
+            # Before memory is asked for: tiles of who must wait for it are on their way by then, and counted.
+            tiles, batch.tiles = batch.tiles, []
+            self.vision_stage.send(tiles, self._report_tiles)
         if self.runner.cache is None or self.runner.cache.num_blocks < self.blocks.num_blocks:
             self._grow_cache(batch)
         if batch.copies:
@@ -387,6 +424,21 @@ class Engine:
         parts = [part for part in batch.tiles if part.request.finished is None]
         if parts:
             self.vision_stage.run(parts, self._fail)
+
+    def _report_tiles(self, part: Tiles[Request], result: Arrived | VitrailError) -> None:
+        # Now, so that what nobody waits for any more is let go of at once.
+        self.turns.post(partial(self._take_tiles, part, result), now=True)
+
+    def _take_tiles(self, part: Tiles[Request], result: Arrived | VitrailError) -> None:
+        """Tiles came back from a worker: as tokens of a request that may be gone, or as an error that ends it."""
+        if not self.scheduler.arrived(part):
+            return
+        try:
+            if isinstance(result, VitrailError):
+                raise result
+            self.vision_stage.take(part, result)
+        except Exception as error:
+            self._fail(part.request, error)
 
     # --- the language half ---
 
@@ -519,10 +571,14 @@ class Engine:
 
     # --- endings ---
 
+    def _fail_all(self, error: BaseException) -> None:
+        for request in list(self._requests.values()):
+            self._fail(request, error)
+
     def _fail(self, request: Request, error: BaseException) -> None:
         """Close a request for an error."""
         if request.finished is None:
-            request.error = _wrapped(error)
+            request.error = _wrapped(self.failure or error)
             for sequence in request.sequences:
                 self.blocks.forget(sequence)
         self._finish(request, "error")

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-# Lanes of the timeline, from top to bottom.
+# Lanes of the timeline, from top to bottom; others follow in the order they are first heard of.
 LANES = ("requests", "preprocessing", "vision half", "language half")
 
 
@@ -23,6 +23,7 @@ class Recorder:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._lanes = list(LANES)
         self._events: list[dict[str, Any]] | None = None
         self._lock = threading.Lock()
 
@@ -38,7 +39,9 @@ class Recorder:
             self.counts[name] += 1
             if self._events is not None:
                 event = {"name": name, "cat": lane, "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6}
-                self._events.append(event | {"pid": os.getpid(), "tid": LANES.index(lane), "args": details})
+                if lane not in self._lanes:
+                    self._lanes.append(lane)
+                self._events.append(event | {"pid": os.getpid(), "tid": self._lanes.index(lane), "args": details})
 
     @contextmanager
     def span(self, name: str, lane: str, **details: Any) -> Iterator[None]:
@@ -65,7 +68,7 @@ class Recorder:
             events, self._events = self._events or [], None
         names = [
             {"name": "thread_name", "ph": "M", "pid": os.getpid(), "tid": number, "args": {"name": lane}}
-            for number, lane in enumerate(LANES)
+            for number, lane in enumerate(self._lanes)
         ]
         # Requests overlap: each is a slice of its own, not one above the other.
         flat = [_asynchronous(event) if event["cat"] == "requests" else [event] for event in events]

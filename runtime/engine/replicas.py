@@ -7,6 +7,7 @@ values may still be there, is hardly busier. Each engine is driven by a thread o
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..errors import InvalidRequestError
@@ -15,6 +16,7 @@ from .engine import Engine
 from .processor import Prepared
 from .sequence import Request
 from .vision_cache import LoadedImage, source_digest
+from .vision_stage import VisionStage
 
 # Requests by which the engine that knows an image may be busier than the others and still be chosen.
 _PATIENCE = 2
@@ -80,7 +82,7 @@ class Replicas:
         for engine in self.engines:
             engine.close()
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> dict[str, dict[str, Any]]:
         """`Engine.stats` of all together: what is counted is common, what is there now is added up."""
         whole, *others = (engine.stats() for engine in self.engines)
         for part, names in (
@@ -100,6 +102,11 @@ class Replicas:
     def broken(self) -> bool:
         """Whether one of the threads that drive has ended though there is work."""
         return any(engine.broken for engine in self.engines)
+
+    @property
+    def vision_stage(self) -> VisionStage:
+        """What encodes tiles of no request."""
+        return self.engines[0].vision_stage
 
     def _choose(self, image: bytes | None) -> Engine:
         fewest = min(self.engines, key=lambda engine: engine.num_requests)

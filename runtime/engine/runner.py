@@ -1,8 +1,10 @@
 """Runs the two halves of a model: tiles to visual tokens, chunks of prompts and decode steps to logits."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.dispatch import cuda_target
 from ..backends.exported import ExportedVisionModel
+from ..errors import VitrailError
 from ..layers.kv_cache import KVBatch, KVCache
 from ..models.internvl import InternVLModel
 from .graphs import TILE_COUNTS, Capture, CudaCapture, DecodeGraphs, VisionGraphs
@@ -18,6 +21,8 @@ from .graphs import TILE_COUNTS, Capture, CudaCapture, DecodeGraphs, VisionGraph
 TILES_PER_BATCH = 16
 # Sequences in every decode step of `exact` passes.
 EXACT_ROWS = 16
+# What there is on a CPU where the system does not tell how much memory is available.
+_UNKNOWN_MEMORY = 8 * 2**30
 
 
 @dataclass
@@ -57,8 +62,10 @@ class Runner:
 
     `max_num_seqs` and `max_model_len` bound the decode graphs. cache_dtype: of keys and values, if not the model's.
     exact: tiles go through the vision half one by one, and decode steps are filled up to `EXACT_ROWS` rows, so that a
-    row's result does not depend on the others.
+    row's result does not depend on the others. failure: why it can do nothing any more.
     """
+
+    failure: VitrailError | None = None
 
     def __init__(
         self,
@@ -82,7 +89,7 @@ class Runner:
         self._graphed = self.device.type == "cuda" and not enforce_eager and cuda_target(self.device) is not None
         # The halves run at the same time, each on a stream and on memory of its own.
         self.capture = CudaCapture(self.device) if self._graphed else None
-        self._vision_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.vision_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.cache: KVCache | None = None
         self._vision: VisionGraphs | None = None
         self._decode: DecodeGraphs | None = None
@@ -92,7 +99,7 @@ class Runner:
     @torch.inference_mode()
     def warm_up_vision(self) -> None:
         """Take the memory that the vision half needs at most, before any is given to keys and values."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self.model.part.vision:
             return
         size = self.config.tile_size
         if self._graphed and not isinstance(self.model, ExportedVisionModel):  # which has graphs of its own, or none
@@ -102,13 +109,17 @@ class Runner:
         else:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            self.encode_beside(torch.zeros((TILES_PER_BATCH, size, size, 3), dtype=torch.uint8))
+            with torch.cuda.stream(self.vision_stream):
+                self._encode(torch.zeros((TILES_PER_BATCH, size, size, 3), dtype=torch.uint8))
             torch.cuda.synchronize(self.device)
             self.vision_bytes = torch.cuda.max_memory_allocated(self.device) - before
 
     @torch.inference_mode()
     def encode(self, tiles: Tensor) -> Tensor:
         """tiles: (n, tile_size, tile_size, 3) uint8 on the CPU. Returns (n, tokens_per_tile, llm hidden)."""
+        return self._encode(tiles)
+
+    def _encode(self, tiles: Tensor) -> Tensor:
         if self._vision is not None:
             return torch.cat([self._vision(part) for part in tiles.split(max(self._vision.counts))])
         most = 1 if self.exact else TILES_PER_BATCH
@@ -120,7 +131,7 @@ class Runner:
 
         Passes whose rows have visual tokens wait for it.
         """
-        stream = self._vision_stream
+        stream = self.vision_stream
         if stream is None:
             with _Stopwatch(self.model.projector) as projector:
                 began = perf_counter()
@@ -135,16 +146,37 @@ class Runner:
         self._last_encoded = ended
         return Encoded(tokens, began_event, ended)
 
-    @torch.inference_mode()
+    @property
+    def block_bytes(self) -> int:
+        """Of keys and values of one block, on this device."""
+        return KVCache.bytes_per_block(self.model.language_model.share, self.cache_dtype)
+
+    def spare_bytes(self, gpu_memory_utilization: float) -> int:
+        """What keys and values may take of the device: of a GPU the share that is left, half of what a host has."""
+        if self.device.type != "cuda":
+            return _available_memory() // 2
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()  # what loading and warming up have freed counts as free
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free - self.vision_bytes - int((1 - gpu_memory_utilization) * total)
+
     def allocate(self, num_blocks: int, *, keep: bool) -> None:
         """Make the cache hold `num_blocks` blocks and `keep` what is in it, or else free that first."""
-        self._decode = None  # graphs read and write the cache that they were captured with
+        self._install(self._reserve(num_blocks, keep=keep))
+
+    @torch.inference_mode()
+    def _reserve(self, num_blocks: int, *, keep: bool) -> KVCache:
+        """A cache to take the place of what there is."""
         if not keep:
-            self.cache = None
-        grown = KVCache(self.config.llm, num_blocks, dtype=self.cache_dtype, device=self.device)
+            self.cache = self._decode = None
+        grown = KVCache(self.model.language_model.share, num_blocks, dtype=self.cache_dtype, device=self.device)
         if self.cache is not None:
             grown.copy_from(self.cache)
-        self.cache = grown
+        return grown
+
+    @torch.inference_mode()
+    def _install(self, grown: KVCache) -> None:
+        self.cache, self._decode = grown, None  # graphs read and write the cache that they were captured with
         capture: Capture | None = self.capture
         if capture is None and self.exact:
             capture = _run_again
@@ -181,6 +213,11 @@ class Runner:
                     used += len(places)
         return self.forward([Row(token_ids, len(token_ids), table, inv_freq, visual)])
 
+    def await_encoded(self) -> None:
+        """What runs on this stream from now on sees the visual tokens of all that `encode_beside` was given."""
+        if self._last_encoded is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._last_encoded)
+
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Run the new tokens of all rows in one pass. Returns the logits (rows, vocab) of the last token of each."""
@@ -188,14 +225,14 @@ class Runner:
         counts = [len(row.token_ids) for row in rows]
         kv = KVBatch.of(self.cache, [row.table for row in rows], [row.context for row in rows], counts)
         decoder = self.model.language_model
-        x = decoder.embed(torch.tensor([token for row in rows for token in row.token_ids], device=self.device))
-        if self._last_encoded is not None and any(row.visual for row in rows):
-            torch.cuda.current_stream(self.device).wait_event(self._last_encoded)
-        first = 0
-        for row, count in zip(rows, counts, strict=True):
-            for place, tokens in row.visual:
-                x[first + place : first + place + len(tokens)] = tokens
-            first += count
+        if any(row.visual for row in rows):
+            self.await_encoded()
+        starts = [0, *accumulate(counts)]
+        visual = [
+            (first + place, tokens) for row, first in zip(rows, starts, strict=False) for place, tokens in row.visual
+        ]
+        token_ids = torch.tensor([token for row in rows for token in row.token_ids], device=self.device)
+        x = decoder.embed(token_ids, visual)
         positions = torch.tensor(
             [
                 position
@@ -212,6 +249,7 @@ class Runner:
         hidden = decoder(x, positions, inv_freq, kv)
         return decoder.logits(hidden[-1:] if len(rows) == 1 else hidden[kv.cu_seqlens_q[1:].long() - 1])
 
+    @torch.inference_mode()
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy keys and values of whole blocks over others."""
         assert self.cache is not None
@@ -229,12 +267,22 @@ class Runner:
 
         inv_freq: (sequences, head_dim / 2).
         """
+        most = EXACT_ROWS if self.exact else len(token_ids)
+        if len(token_ids) <= most:
+            return self._decode_rows(token_ids, context_lens, inv_freq, tables)
+        parts = [slice(first, first + most) for first in range(0, len(token_ids), most)]
+        return torch.cat(
+            [self._decode_rows(token_ids[p], context_lens[p], inv_freq[p], tables[p]).clone() for p in parts]
+        )
+
+    def _decode_rows(
+        self,
+        token_ids: Sequence[int],
+        context_lens: Sequence[int],
+        inv_freq: Tensor,
+        tables: Sequence[Sequence[int]],
+    ) -> Tensor:
         assert self.cache is not None
-        if self.exact and len(token_ids) > EXACT_ROWS:
-            parts = [slice(first, first + EXACT_ROWS) for first in range(0, len(token_ids), EXACT_ROWS)]
-            return torch.cat(
-                [self.decode(token_ids[p], context_lens[p], inv_freq[p], tables[p]).clone() for p in parts]
-            )
         kv = KVBatch.of(self.cache, tables, context_lens, [1] * len(token_ids))
         ids = torch.tensor(token_ids, device=self.device)
         run = self._decode if self._decode is not None and len(token_ids) <= self._decode.sizes[-1] else self._step
@@ -243,6 +291,18 @@ class Runner:
     def _step(self, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, kv: KVBatch) -> Tensor:
         decoder = self.model.language_model
         return decoder.logits(decoder(decoder.embed(token_ids), positions, inv_freq, kv))
+
+    def close(self) -> None:
+        """Let go of what does not go by itself."""
+
+
+def _available_memory() -> int:
+    try:
+        # Not the free pages alone: a checkpoint that was just read still stands in the page cache.
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else _UNKNOWN_MEMORY
 
 
 def _run_again(run: Callable[[], Tensor]) -> Callable[[], Tensor]:

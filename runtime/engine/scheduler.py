@@ -243,7 +243,7 @@ class Scheduler(Generic[R]):
                 border = min(length, (start // self.chunk_tokens + 1) * self.chunk_tokens)
                 end = border if border <= end and (whole or border - start <= left) else start
             elif self.tiles_in_flight is not None and end < min(length, start + left) and _only_decodes(batch):
-                end = start  # more is on its way: a pass with prompts in it costs others so much that it must be worth it
+                end = start  # more is on its way: it is not worth a pass that others have to wait for
             else:
                 end = min(end, start + left)
             if end > start:
@@ -284,9 +284,10 @@ class Scheduler(Generic[R]):
 
     def _encode_ahead(self, batch: Batch[R], left: int) -> None:
         """Tiles of requests that still wait, so that they begin at once when there is room: a bounded number."""
-        ahead = self.max_num_batched_tokens
+        ahead = self.max_num_batched_tokens - sum(
+            image.num_sent * image.tokens_per_tile for request in self.waiting for image in request.images
+        )
         for request in self.waiting:
-            ahead -= sum(image.num_sent * image.tokens_per_tile for image in request.images)
             if min(left, ahead) <= 0:
                 return
             cached = len(self._shared(request, request.live[0])) * self.blocks.block_size
@@ -348,6 +349,7 @@ class Scheduler(Generic[R]):
             for place, image in enumerate(request.images):
                 away = sorted(tiles.first for tiles in self._on_the_way(request) if tiles.place == place)
                 assert 0 <= image.num_sent <= image.num_tiles
-                assert image.kept or image.num_encoded == (away[0] if away else image.num_sent), "tokens that are not there"
+                there = away[0] if away else image.num_sent
+                assert image.kept or image.num_encoded == there, "tokens that are not there"
         owners = {id(request) for request in here}
         assert all(id(tiles.request) in owners for tiles, wanted in self._in_flight.items() if wanted)

@@ -41,7 +41,7 @@ class Request(RequestState):
     ahead: bool = False  # whether threads of the engine load its images, which then count as part of its wait
     loading: Future[list[LoadedImage]] | None = None  # while they do
     loaded: list[LoadedImage] = field(default_factory=list)
-    visual: dict[int, list[Encoded]] = field(default_factory=dict)  # by image, in order of its tiles
+    visual: dict[int, dict[int, Encoded]] = field(default_factory=dict)  # by image and by its first tile
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None

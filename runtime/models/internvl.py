@@ -8,6 +8,7 @@ from ...kernels.pixel_shuffle import pixel_shuffle_norm
 from ..config import InternVLConfig
 from ..layers.linear import Linear, LinearGelu
 from ..layers.norm import LayerNorm
+from ..layers.parallel import WHOLE, Part, TensorParallel
 from .decoder import Decoder
 from .intern_vit import InternViT
 
@@ -35,14 +36,38 @@ class Projector(nn.Module):
 
 
 class InternVLModel(nn.Module):
-    """Both halves of an InternVL-Chat checkpoint. projector: what stands between them, pixel shuffle by default."""
+    """Both halves of an InternVL-Chat checkpoint, or the part of them that a process holds.
 
-    def __init__(self, config: InternVLConfig, projector: nn.Module | None = None) -> None:
+    projector: what stands between them, pixel shuffle by default. parallel: the other ranks of the language half.
+    """
+
+    part = WHOLE
+
+    def __init__(
+        self,
+        config: InternVLConfig,
+        projector: nn.Module | None = None,
+        *,
+        part: Part = WHOLE,
+        parallel: TensorParallel | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.vision_model = InternViT(config.vision, config.vision_depth)
         self.projector = Projector(config) if projector is None else projector
         self.language_model = Decoder(config.llm)
+        if part != WHOLE:
+            self.reduce_to(part, parallel)
+
+    def reduce_to(self, part: Part, parallel: TensorParallel | None = None) -> None:
+        """Drop what a part does not hold. To be called before weights are loaded."""
+        self.part = part
+        if part.splits_language:
+            self.language_model = Decoder(self.config.llm, part, parallel)
+        parameters = [name for name, _ in self.named_parameters(recurse=False)]
+        for name in [*(name for name, _ in self.named_children()), *parameters]:
+            if not part.holds(f"{name}."):
+                delattr(self, name)
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """tiles: (n, tile_size, tile_size, 3) uint8. Returns (n, tokens_per_tile, llm hidden) visual tokens."""

@@ -64,9 +64,17 @@ def plan(model: nn.Module, config: QuantizationConfig, device: torch.device | No
     methods = {name: method for name in layers if (method := config.method_of(name)) is not None}
     for method in sorted(set(methods.values())):
         check_device(method, device)
+    check_layers(model, methods, config, device)
+    return methods
+
+
+def check_layers(
+    model: nn.Module, methods: Mapping[str, str], config: QuantizationConfig, device: torch.device
+) -> None:
+    """Raises as `plan` does where a method does not fit the inputs of a layer."""
+    layers = linear_layers(model)
     for name, method in methods.items():
         check_inputs(method, layers[name].weight.shape[1], config.group_size, name, device)
-    return methods
 
 
 def pack(name: str, weight: QuantizedWeight) -> None:

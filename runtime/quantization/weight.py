@@ -136,6 +136,36 @@ class QuantizedWeight(nn.Module, ABC):
         kept = (codes[index], scales[index], None if zeros is None else zeros[index])
         return type(self)(*kept, input_scales=self.input_scales, order=self.order)
 
+    def columns(self, inputs: range) -> Self:
+        """The weight of a stretch of the inputs. Raises `ValueError` where that would tear a group of them apart.
+
+        Scales stay those of the whole, so that the shares of several ranks add up to it. With an `order`, groups are
+        of inputs from anywhere, and each must lie within the stretch or outside.
+        """
+        codes, scales, zeros = self.canonical()
+        size = self.in_features // scales.shape[1] if scales.dim() == 2 else 1
+        places = torch.arange(self.in_features, device=codes.device) if self.order is None else self.order
+        within = ((places >= inputs.start) & (places < inputs.stop)).unflatten(0, (-1, size))
+        kept = within.all(1)
+        if not torch.equal(kept, within.any(1)):
+            ordered = "" if self.order is None else ", ordered as they matter (act-order),"
+            raise ValueError(
+                f"groups of {size} of its {self.in_features} inputs{ordered} "
+                f"cannot be cut into stretches of {len(inputs)}"
+            )
+
+        def cut_inputs(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.unflatten(0, within.shape)[kept].flatten()
+
+        order = cut_inputs(self.order)
+        return type(self)(
+            codes.unflatten(1, (len(kept), -1))[:, kept].flatten(1),
+            scales[:, kept] if scales.dim() == 2 else scales,
+            None if zeros is None else zeros[:, kept],
+            input_scales=cut_inputs(self.input_scales),
+            order=None if order is None else order - inputs.start,
+        )
+
     def joins(self, other: "QuantizedWeight | Tensor") -> bool:
         """Whether one weight can hold the rows of both."""
         return (

@@ -31,7 +31,7 @@ from .exchange import JsonResponse, flight_of, read_body, watch_client
 from .gate import Gate
 from .logs import log
 from .metrics import CONTENT_TYPE, Metrics
-from .schemas import TokenizeBody
+from .schemas import TokenizeBody, urls_of
 from .service import Service, State
 from .settings import Settings
 
@@ -168,7 +168,8 @@ async def tokenize(service: Service, request: Request) -> Response:
             service.require_model(body.model)
         else:
             service.require_chat(body.model)
-        return JsonResponse(await service.run(flight, _tokens, service, body))
+        urls = urls_of(body.messages or [])
+        return JsonResponse(await service.run_reading(flight, urls, partial(_tokens, service, body)))
 
 
 def _tokens(service: Service, body: TokenizeBody) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..messages import conversation_of
 from ..request import GenerationConfig
 from .answers import chat_logprobs, extras_of, finish_of, usage_of
 from .errors import as_api_error
-from .exchange import EventStream, JsonResponse, event, flight_of, merged, read_body, watch_client
+from .exchange import answer_call, event, merged
 from .schemas import ChatBody, Message
 from .service import Flight, Service
 
@@ -35,18 +35,7 @@ def read_messages(service: Service, messages: list[Message]) -> Conversation:
 
 async def chat_completions(service: Service, request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
-    async with flight_of(service, request) as flight:
-        body = await read_body(request, ChatBody)
-        watch_client(request, flight)
-        service.require_chat(body.model)
-        config = body.config()
-        service.take_rows(flight, config.n)
-        await service.run(flight, _submit, service, flight, body, config)
-        answer = _Answer(service, flight, body)
-        if body.stream:
-            flight.streams = True
-            return EventStream(flight, answer.events())
-        return JsonResponse(await answer.whole())
+    return await answer_call(service, request, ChatBody, _submit, _Answer)
 
 
 def _submit(service: Service, flight: Flight, body: ChatBody, config: GenerationConfig) -> None:
@@ -95,6 +84,7 @@ class _Answer:
         # With `include_usage` every chunk has the field, null in all but the last.
         tail: dict[str, Any] = {"usage": None} if self._body.includes_usage else {}
         async for fresh in self._flight.deltas():
+            written = b""
             for (_, index), delta in merged(fresh):
                 wants = self._body.logprobs and delta.token_ids
                 if not (delta.text or delta.finish_reason or wants):
@@ -110,7 +100,9 @@ class _Answer:
                     "logprobs": self._logprobs(index, first, told[index]) if wants else None,
                     "finish_reason": finish_of(delta.finish_reason),
                 }
-                yield event(self._head | {"choices": [choice]} | tail)
+                written += event(self._head | {"choices": [choice]} | tail)
+            if written:
+                yield written
         if self._body.includes_usage:
             yield event(self._head | {"choices": [], "usage": usage_of([request]), "vitrail": extras_of(request)})
 

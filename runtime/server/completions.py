@@ -10,25 +10,14 @@ from starlette.responses import Response
 from ..request import GenerationConfig
 from .answers import finish_of, text_logprobs, usage_of
 from .errors import as_api_error
-from .exchange import EventStream, JsonResponse, event, flight_of, merged, read_body, watch_client
+from .exchange import answer_call, event, merged
 from .schemas import CompletionBody
 from .service import Flight, Service
 
 
 async def completions(service: Service, request: Request) -> Response:
     """Go on with one prompt or with several."""
-    async with flight_of(service, request) as flight:
-        body = await read_body(request, CompletionBody)
-        watch_client(request, flight)
-        service.require_chat(body.model)
-        config = body.config()
-        service.take_rows(flight, config.n * len(body.prompts))
-        await service.run(flight, _submit, service, flight, body, config)
-        answer = _Answer(service, flight, body)
-        if body.stream:
-            flight.streams = True
-            return EventStream(flight, answer.events())
-        return JsonResponse(await answer.whole())
+    return await answer_call(service, request, CompletionBody, _submit, _Answer)
 
 
 def _submit(service: Service, flight: Flight, body: CompletionBody, config: GenerationConfig) -> None:
@@ -76,6 +65,7 @@ class _Answer:
         tail: dict[str, Any] = {"usage": None} if self._body.includes_usage else {}
         begun: set[tuple[int, int]] = set()
         async for fresh in self._flight.deltas():
+            written = b""
             for (prompt, index), delta in merged(fresh):
                 wants = self._body.logprobs is not None and delta.token_ids
                 if not (delta.text or delta.finish_reason or wants):
@@ -86,7 +76,9 @@ class _Answer:
                 text = delta.text if (prompt, index) in begun else self._echo(prompt) + delta.text
                 begun.add((prompt, index))
                 choice = self._choice(prompt, index, text, logprobs, delta.finish_reason, echo=False)
-                yield event(self._head | {"choices": [choice]} | tail)
+                written += event(self._head | {"choices": [choice]} | tail)
+            if written:
+                yield written
         if self._body.includes_usage:
             yield event(self._head | {"choices": [], "usage": usage_of(self._flight.requests)})
 

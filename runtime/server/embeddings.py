@@ -1,6 +1,7 @@
 """POST /v1/embeddings: texts and images, by the contrastive models (InternVL-C and -G)."""
 
 import base64
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -10,7 +11,7 @@ from ..media import fetch_all
 from ..models.contrastive import Mode
 from .errors import ApiError, as_api_error
 from .exchange import JsonResponse, flight_of, read_body, watch_client
-from .schemas import EmbeddingBody, ImagePart, MediaUrl, TextPart
+from .schemas import EmbeddingBody, ImagePart, TextPart
 from .service import Flight, Service
 
 Input = str | TextPart | ImagePart
@@ -23,8 +24,11 @@ async def embeddings(service: Service, request: Request) -> Response:
         watch_client(request, flight)
         service.require_contrastive(body.model)
         inputs: list[Input] = [body.input] if isinstance(body.input, str) else [*body.input]
-        images = await service.run(flight, _fetch, service, inputs)
-        rows, num_tokens = await service.run_model(flight, _embed, service, flight, inputs, images, body.mode or "c")
+        urls = [url for one in inputs if isinstance(one, ImagePart) for url in one.urls]
+        images = await service.run_reading(flight, urls, partial(_fetch, service, inputs))
+        rows, num_tokens = await service.run_model(
+            flight, partial(_embed, service, flight, inputs, images, body.mode or "c")
+        )
         if body.dimensions not in (None, rows.shape[1]):
             message = f"dimensions: this model's embeddings have {rows.shape[1]}"
             raise ApiError(400, message, param="dimensions")
@@ -46,9 +50,10 @@ async def embeddings(service: Service, request: Request) -> Response:
 def _fetch(service: Service, inputs: list[Input]) -> list[bytes]:
     """The files of the images of the input, in order."""
     references = [
-        (one.image_url.url if isinstance(one.image_url, MediaUrl) else one.image_url, f"input {number}")
+        (url, f"input {number}")
         for number, one in enumerate(inputs, start=1)
         if isinstance(one, ImagePart)
+        for url in one.urls
     ]
     try:
         return fetch_all(references, service.media)

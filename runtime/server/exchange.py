@@ -4,9 +4,10 @@ import asyncio
 import difflib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -15,16 +16,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import VitrailError
-from ..request import StreamDelta
+from ..request import GenerationConfig, StreamDelta
 from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error
 from .logs import log
+from .schemas import ChatBody, CompletionBody
 from .service import Flight, Service
 
 B = TypeVar("B", bound=BaseModel)
+G = TypeVar("G", ChatBody, CompletionBody)
 
 LARGE_BODY = 64 * 2**10  # bytes that take longer to parse than the event loop should stand still
 BODY_S = 60  # in which a body must arrive: until then it takes the place of a request
 DONE = b"data: [DONE]\n\n"
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 class JsonResponse(JSONResponse):
@@ -36,7 +40,7 @@ class JsonResponse(JSONResponse):
 
 def dump(content: Any) -> bytes:
     """`content` as compact JSON. Answers may hold half a surrogate pair no more than UTF-8 may: it is replaced."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+    return _ENCODE(content).encode("utf-8", "replace")
 
 
 def event(content: Any) -> bytes:
@@ -116,7 +120,7 @@ def watch_client(request: Request, flight: Flight) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events as they come. The flight ends with the stream, however that ends."""
+    """Server-sent events, those that came together in one piece. The flight ends with the stream, however that ends."""
 
     media_type = "text/event-stream"
 
@@ -131,23 +135,55 @@ class EventStream(Response):
             # Of a client that does not read, sending would wait for ever.
             async with asyncio.timeout(self._flight.seconds_left + 5):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                async for chunk in _with_errors(self._flight, self._events):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
+                end = DONE
+                try:
+                    async for events in self._events:
+                        await send({"type": "http.response.body", "body": events, "more_body": True})
+                except Exception as error:
+                    end = self._error(error)
+                await send({"type": "http.response.body", "body": end})
         finally:
             self._flight.close()
 
-
-async def _with_errors(flight: Flight, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, then that the answer is done, or an error that comes too late for a status."""
-    try:
-        async for chunk in events:
-            yield chunk
-        yield DONE
-    except Exception as error:
+    def _error(self, error: Exception) -> bytes:
+        """What comes too late for a status."""
         if not isinstance(error, ApiError | VitrailError):  # those are told elsewhere
-            log("stream failed", logging.ERROR, request_id=flight.id, exc_info=error)
-        yield event(as_api_error(error).body)
+            log("stream failed", logging.ERROR, request_id=self._flight.id, exc_info=error)
+        return event(as_api_error(error).body)
+
+
+class Answer(Protocol):
+    """What is written about the requests of one call."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when it is complete."""
+        ...
+
+    def events(self) -> AsyncIterator[bytes]:
+        """The answer as it comes, as server-sent events."""
+        ...
+
+
+async def answer_call(
+    service: Service,
+    request: Request,
+    kind: type[G],
+    submit: Callable[[Service, Flight, G, GenerationConfig], None],
+    answer: Callable[[Service, Flight, G], Answer],
+) -> Response:
+    """Read a call, have `submit` queue what it asks for, on a thread of a pool, and write the `answer`."""
+    async with flight_of(service, request) as flight:
+        body = await read_body(request, kind)
+        watch_client(request, flight)
+        service.require_chat(body.model)
+        config = body.config()
+        service.take_rows(flight, config.n * body.num_prompts)
+        await service.run_reading(flight, body.urls, partial(submit, service, flight, body, config))
+        written = answer(service, flight, body)
+        if body.stream:
+            flight.streams = True
+            return EventStream(flight, written.events())
+        return JsonResponse(await written.whole())
 
 
 def merged(fresh: list[tuple[int, StreamDelta]]) -> list[tuple[tuple[int, int], StreamDelta]]:

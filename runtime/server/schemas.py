@@ -49,6 +49,10 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
 
+    @property
+    def urls(self) -> list[str]:
+        return []
+
 
 class MediaUrl(Body):
     """Where an image or a video is: a data URL, or a URL or a file if the server allows it."""
@@ -65,6 +69,10 @@ class ImagePart(Body):
     image_url: MediaUrl | str
     max_dynamic_patch: TileCap | None = None
 
+    @property
+    def urls(self) -> list[str]:
+        return [_url(self.image_url)]
+
 
 class VideoUrlPart(Body):
     """A video as one data URL of its frames: data:video/jpeg;base64,FRAME,FRAME,..."""
@@ -72,12 +80,20 @@ class VideoUrlPart(Body):
     type: Literal["video_url"]
     video_url: MediaUrl | str
 
+    @property
+    def urls(self) -> list[str]:
+        return [_url(self.video_url)]
+
 
 class FramesPart(Body):
     """A video as the URLs of its frames."""
 
     type: Literal["video"]
     video: Annotated[list[str], Field(min_length=1, max_length=MAX_FRAMES)]
+
+    @property
+    def urls(self) -> list[str]:
+        return self.video
 
 
 Part = Annotated[TextPart | ImagePart | VideoUrlPart | FramesPart, Field(discriminator="type")]
@@ -97,6 +113,15 @@ class Message(Body):
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+def urls_of(messages: list[Message]) -> list[str]:
+    """The URLs of all media of a conversation."""
+    return [url for one in messages if not isinstance(one.content, str) for part in one.content for url in part.urls]
+
+
+def _url(media: MediaUrl | str) -> str:
+    return media if isinstance(media, str) else media.url
 
 
 # --- Settings of an answer ---
@@ -180,7 +205,17 @@ class GenerationBody(Body):
     cache_salt: ShortText | None = Field(None, description="what is cached is shared with those of the same salt alone")
 
     @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def urls(self) -> list[str]:
+        """Of all media."""
+        return []
+
+    @property
     def num_answers(self) -> int:
+        """To each prompt."""
         return self.n or 1
 
     @property
@@ -224,6 +259,10 @@ class ChatBody(GenerationBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @property
+    def urls(self) -> list[str]:
+        return urls_of(self.messages)
+
     def config(self) -> GenerationConfig:
         """The settings as the engine takes them."""
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
@@ -263,6 +302,10 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
 
     def config(self) -> GenerationConfig:
         """The settings as the engine takes them."""

@@ -1,14 +1,14 @@
 """Between the event loop and the engine: who may come in, how answers come out, and what state the server is in.
 
 One thread of the engine drives for all requests (`Engine.run_in_background`): each thread that ran the model would have
-a pool of threads of its own. What a request needs before it is queued runs on a bounded pool, never on the event loop.
+a pool of threads of its own. What a request needs before it is queued runs on bounded pools, never on the event loop.
 """
 
 import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -17,13 +17,12 @@ from functools import partial
 from math import ceil
 from os import cpu_count
 from time import perf_counter
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from ..api import Runtime
 from ..engine.engine import Engine
-from ..engine.replicas import Replicas
 from ..engine.sequence import Request
 from ..media import MediaPolicy
 from ..models.contrastive import ContrastiveModel
@@ -34,11 +33,14 @@ from .logs import log
 from .metrics import Metrics
 from .settings import Settings
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 WATCH_S = 0.5  # how often the engine's health is looked at
 DEATH_GRACE_S = 1.0  # in which a dead server still says so
+# Texts of streams that run may wait so long for each other: an event loop that wakes takes the interpreter from the
+# thread that runs the model. Fifty times a second look smooth; first and last texts do not wait.
+NEWS_S = 0.02
+FETCHES = 16  # requests whose media come from elsewhere, at a time
 
 
 class State(StrEnum):
@@ -61,6 +63,8 @@ class Flight:
         self.rows = rows
         self.requests: list[Request] = []
         self.streams = False  # whether every delta is news, or the end alone
+        self.told = False  # whether there is news that the event loop has not heard of
+        self.begun = False  # whether it has heard of any
         self.reason: ApiError | None = None
         self.closed = False
         self.news = asyncio.Event()
@@ -163,14 +167,16 @@ class Service:
         self.flights: set[Flight] = set()
         self.on_end: Callable[[], None] = lambda: None  # called when the process should end
         self.on_request: list[Callable[[str, list[Request]], None]] = []  # called with what a call asked of the engine
-        # Headers are read and URLs fetched here; decoding is for the engine's own threads.
-        self.pool = ThreadPoolExecutor(min(8, 2 * (cpu_count() or 1)), thread_name_prefix="vitrail-requests")
+        # Headers are read here; decoding is for the engine's own threads.
+        self._pool = ThreadPoolExecutor(min(8, 2 * (cpu_count() or 1)), thread_name_prefix="vitrail-requests")
+        self._fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="vitrail-fetches")
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="vitrail-model")
         metrics.count(calls=lambda: len(self.flights), answers=lambda: self.rows)
         self._load = load
         self._runtime: Runtime | None = None
         self._told: deque[Flight] = deque()
-        self._telling = False
+        self._waking = False
+        self._pause: asyncio.TimerHandle | None = None  # at whose end the event loop looks for news by itself
         self._duration = 1.0  # of a request, in seconds: a mean that forgets
         self._watch: asyncio.Task[None] | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -210,8 +216,8 @@ class Service:
         for task in (self._watch, self._drain):
             if task is not None:
                 task.cancel()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self._model_thread.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._fetching, self._model_thread):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._runtime is not None and self.state is not State.DEAD:
             await asyncio.to_thread(self._runtime.close)
 
@@ -373,13 +379,17 @@ class Service:
                 429, "too many requests are waiting already", code="overloaded", retry_after=self.retry_after
             )
 
-    async def run(self, flight: Flight, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`work` on the pool, within the time that media have. Raises why the flight was aborted if it is."""
-        return await self._run(self.pool, flight, self.settings.mm_per_request_timeout, partial(work, *args, **kwargs))
+    async def run_reading(self, flight: Flight, urls: Iterable[str], work: Callable[[], T]) -> T:
+        """`work` that reads `urls`, on a pool and within the time that media have. Raises why the flight was aborted.
 
-    async def run_model(self, flight: Flight, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        Where others have to be asked for media it is a pool of its own, so that slow ones hold up nobody else.
+        """
+        pool = self._pool if all(url[:5].lower() == "data:" for url in urls) else self._fetching
+        return await self._run(pool, flight, self.settings.mm_per_request_timeout, work)
+
+    async def run_model(self, flight: Flight, work: Callable[[], T]) -> T:
         """`work` that runs the model, one after the other."""
-        return await self._run(self._model_thread, flight, None, partial(work, *args, **kwargs))
+        return await self._run(self._model_thread, flight, None, work)
 
     async def _run(self, pool: ThreadPoolExecutor, flight: Flight, timeout: float | None, work: Callable[[], T]) -> T:
         if flight.reason is not None:
@@ -429,23 +439,35 @@ class Service:
             self.failure = error.__cause__
             self.die("the device failed")
 
-    def _engine(self) -> Engine | Replicas:
+    def _engine(self) -> Engine:
         assert self._runtime is not None
         return self._runtime.engine
 
     def _tell(self, flight: Flight) -> None:
-        """Called by the engine whenever a request of the flight has news: one message to the event loop a step."""
-        if not flight.streams and not flight.finished:
+        """Called by the engine, after a step, for every request of the flight that has news."""
+        finished = flight.finished
+        if not flight.streams and not finished:
             return
-        self._told.append(flight)
-        if not self._telling:
-            self._telling = True
+        if not flight.told:
+            flight.told = True
+            self._told.append(flight)
+        if (finished or not flight.begun or self._pause is None) and not self._waking:
+            self._waking = True
             with suppress(RuntimeError):  # the event loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._hear)
 
     def _hear(self) -> None:
-        self._telling = False  # before it is read: what comes after may be missed here
+        self._waking = False  # before it is read: what comes after may be missed here
         while self._told:
             flight = self._told.popleft()
+            flight.told = False  # likewise
+            flight.begun = True
             flight.news.set()
             self.leave(flight)
+        if self._pause is None:
+            self._pause = self._loop.call_later(NEWS_S, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._pause = None  # before it is looked at, likewise
+        if self._told:
+            self._hear()

@@ -141,6 +141,15 @@ class Settings:
     quantization: str | None = _of_model(None, _text, "Round the language half while loading: int8, int4 ...")
     vision_quantization: str | None = _of_model(None, _text, "Round the vision half while loading: int8 ...")
     tensor_parallel_size: int = _of_model(1, _integer(1), "GPUs that share the language half.", flags=("--tp",))
+    placement: str = _of_model(
+        "auto", _one_of("auto", "colocated", "split", "replicas"), "auto, colocated, split or replicas."
+    )
+    llm_devices: tuple[str, ...] = _of_model((), _texts, "A device of the language half, as cuda:0; may be repeated.")
+    vision_devices: tuple[str, ...] = _of_model(
+        (), _texts, "A device that the vision half has to itself; may be repeated."
+    )
+    replicas: int = _setting(1, _integer(1), "Whole models, each with its GPU or share of the CPU; by Ray Serve.")
+    vision_replicas: int = _setting(0, _integer(0), "Vision halves apart, which the replicas share; by Ray Serve.")
     max_model_len: int | None = _of_model(None, _integer(1), "Tokens of a prompt and its answer.")
     max_num_seqs: int = _of_model(64, _integer(1), "Answers that are written at the same time.")
     max_num_batched_tokens: int = _of_model(8192, _integer(1), "Tokens of prompts and tiles in one step.")
@@ -166,7 +175,7 @@ class Settings:
         None, _folder, "A folder below which requests may name files. None by default."
     )
     max_media_bytes: int = _setting(48 * 2**20, _integer(1), "Bytes of all media of a request, fetched or inline.")
-    mm_per_request_timeout: float = _setting(
+    mm_per_request_timeout: float = _of_model(
         10.0, _number(0, above=True), "Seconds that the media of a request may take to fetch, and to decode."
     )
 

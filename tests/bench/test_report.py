@@ -58,6 +58,13 @@ def test_every_device_gets_its_table_and_columns_can_be_chosen(tmp_path: Path) -
     assert "vitrail" not in text
 
 
+def test_what_was_simulated_is_not_said_to_be_measured(tmp_path: Path) -> None:
+    text = report.refresh(page(), results(tmp_path, "simulated"))
+    said = "Lower is better. Simulated by `bench/latency.py` on 2026-01-02, commit abc123."
+    assert said in text.splitlines()
+    assert "Measured" not in text and "CPU" not in text
+
+
 def test_what_was_not_measured_is_said_and_never_invented(tmp_path: Path) -> None:
     assert report.refresh(page("| 1 |\n"), tmp_path) == page("Not measured yet.\n")
 

@@ -13,16 +13,16 @@ from vitrail.bench.serve import (
     Server,
     answer_in_process,
     by_http,
-    growth_mib,
     make_request,
+    make_workload,
     measure_overhead,
     model_of,
     own_server,
     parted,
     read_workload,
     row_of,
-    soak,
 )
+from vitrail.bench.soak import growth_mib, soak
 from vitrail.runtime.api import Runtime
 
 EVENTS = [
@@ -136,6 +136,17 @@ def test_requests_of_a_workload_are_each_their_own(tmp_path):
     assert read_workload(file) == requests
 
 
+def test_answers_of_a_workload_are_of_several_lengths_about_one_mean():
+    seeds = iter(range(100))
+    first, second, other = (make_workload(seeds, 30, 16, (8, 8), draw=draw) for draw in (0, 0, 1))
+    lengths = [[request["max_tokens"] for request in workload] for workload in (first, second, other)]
+    assert lengths[0] == lengths[1] != lengths[2]  # what two systems are asked in one turn
+    assert set(lengths[0] + lengths[2]) <= set(range(8, 25))
+    assert len(set(lengths[0])) > 8
+    assert sum(lengths[0] + lengths[2]) / 60 == pytest.approx(16, abs=2)
+    assert not {json.dumps(request) for request in first} & {json.dumps(request) for request in second}
+
+
 def test_loads_run_against_our_own_server_and_its_engine():
     arguments = argparse.Namespace(clients=[2], new_tokens=[2, 4], requests=3, rate=50.0, size=(224, 224), turns=1)
     with (
@@ -156,3 +167,4 @@ def test_loads_run_against_our_own_server_and_its_engine():
         assert samples[-1]["answered"] > 0
         assert samples[-1]["failed"] == 0
         assert samples[-1]["rss_mib"] > 100
+        assert samples[-1]["answer_p99_ms"] >= samples[-1]["answer_p50_ms"] > 0

@@ -24,15 +24,12 @@ from vitrail.runtime.quantization.model import quantize_model
 from vitrail.runtime.weights import NANO, checkpoint_tensors, load_model
 
 from ..random_checkpoints import chat_config, random_weights, write_checkpoint
+from ..runtime.quantization.test_foreign_checkpoints import FORMATS, quantised
 
 QUIET = Options(progress=False)
 # One block of each half: tracing takes a second a layer.
-TINY = chat_config(
-    vision={"num_hidden_layers": 1},
-    llm={"num_hidden_layers": 1, "vocab_size": 640},
-    dynamic_image_size=True,
-    max_dynamic_patch=2,
-)
+TINY_VISION, TINY_LLM = {"num_hidden_layers": 1}, {"num_hidden_layers": 1, "vocab_size": 640}
+TINY = chat_config(vision=TINY_VISION, llm=TINY_LLM, dynamic_image_size=True, max_dynamic_patch=2)
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -68,6 +65,16 @@ def write_int4(folder: Path) -> InternVLModel:
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "quantization_config": config.to_json()}))
     return model
+
+
+def write_quantised(folder: Path, name: str) -> str:
+    """A tiny Qwen2 model, its language half in a format of `FORMATS`; returns the method of its layers."""
+    section, pack, method = FORMATS[name]
+    base = chat_config("Qwen2ForCausalLM", TINY_VISION, TINY_LLM)
+    write_tiny(folder, base)
+    config, tensors, _ = quantised(base, section, pack)
+    write_checkpoint(folder, config, tensors)
+    return method
 
 
 def check(folder: Path, source: Path, samples: int = 2) -> Report:

@@ -22,6 +22,7 @@ from vitrail.runtime import Runtime
 from vitrail.runtime.backends.manifest import MANIFEST, read_manifest
 from vitrail.runtime.config import load_config, parse_any_config
 from vitrail.runtime.errors import CheckpointError
+from vitrail.runtime.export_check import calibration_prompts
 from vitrail.runtime.quantization.methods import quantize_weight
 from vitrail.runtime.quantization.model import linear_layers
 from vitrail.runtime.texts import EncodedText
@@ -29,7 +30,7 @@ from vitrail.runtime.weights import NANO, load_model
 
 from ..random_checkpoints import INTERNVIT_300M, chat_config, contrastive_config, llava_config, random_tiles
 from ..runtime.command_line import vitrail
-from .exported import QUIET, TINY, check, initializers, write_int4, write_tiny
+from .exported import QUIET, TINY, check, initializers, write_int4, write_quantised, write_tiny
 
 CPU = torch.device("cpu")
 
@@ -237,8 +238,6 @@ def test_int8_weights_are_the_codes_and_scales_of_the_runtime(nano_int8: Path, n
 
 
 def test_int8_activations_are_scaled_by_the_largest_input_of_the_calibration_prompts(nano_int8: Path) -> None:
-    from vitrail.runtime.export_check import calibration_prompts
-
     with Runtime.from_pretrained("nano", dtype="float32", device="cpu") as runtime:
         largest = 0.0
 
@@ -267,6 +266,27 @@ def test_a_checkpoint_in_int4_is_exported_with_its_own_codes(tmp_path: Path) -> 
     np.testing.assert_array_equal(values[f"{path}.weight.codes"].astype(np.uint8), nibbles.t().numpy())
     np.testing.assert_array_equal(values[f"{path}.weight.zeros"].astype(np.uint8), zeros.t().numpy())
     np.testing.assert_array_equal(values[f"{path}.weight.scales"], scales.t().numpy())
+    report = check(tmp_path / "out", source)
+    assert report.failed == []
+    assert report.parts["decoder"]["outputs"]["logits"]["cosine"] > 0.99999
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq act-order",  # the most at once: columns in an order of their own, and zero points
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("awq", "gptq v2", "bitsandbytes int8", "w8a8", "w8a16", "w4a16", "w4a16 asymmetric")
+        ),
+    ],
+)
+def test_a_checkpoint_that_another_program_quantised_is_exported_with_its_codes(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    method = write_quantised(source, name)
+    part = dataclasses.replace(QUIET, part="decoder")
+    manifest = export_onnx(source, tmp_path / "out", part, lambda: calibration_prompts(source, None, 2, 2))
+    assert manifest.part("decoder").quantization == method
     report = check(tmp_path / "out", source)
     assert report.failed == []
     assert report.parts["decoder"]["outputs"]["logits"]["cosine"] > 0.99999

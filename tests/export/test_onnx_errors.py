@@ -24,7 +24,7 @@ from vitrail.runtime.weights import NANO
 
 from ..random_checkpoints import chat_config, contrastive_config
 from ..runtime.command_line import vitrail
-from .exported import QUIET, TINY, write_int4, write_tiny
+from .exported import QUIET, TINY, write_int4, write_quantised, write_tiny
 
 
 @pytest.mark.parametrize(
@@ -156,3 +156,14 @@ def test_a_quantised_checkpoint_is_not_quantised_once_more(tmp_path: Path) -> No
     write_int4(tmp_path / "source")
     with pytest.raises(ConfigError, match="is quantised already; export it as it is"):
         export_onnx(tmp_path / "source", tmp_path / "out", Options(quantization="int4", progress=False))
+
+
+@pytest.mark.parametrize(("name", "method"), [("fp8", "fp8"), ("bitsandbytes nf4", "nf4")])
+def test_weights_in_codes_that_onnx_has_not_are_refused_before_anything_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str
+) -> None:
+    monkeypatch.setattr(exporter, "build_part", None)
+    write_quantised(tmp_path / "source", name)
+    with pytest.raises(UnsupportedError, match=rf"language_model.* is {method}, which is not exported; int8"):
+        export_onnx(tmp_path / "source", tmp_path / "out", QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

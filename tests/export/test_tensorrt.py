@@ -156,6 +156,11 @@ def test_an_operation_of_an_unknown_module_is_named_alone(tmp_path: Path) -> Non
     assert refused(UnsupportedError, tmp_path, operator="Det").endswith("has no Det (node node_odd)")
 
 
+def test_four_bit_weights_with_zero_points_are_refused_as_such(tmp_path: Path) -> None:
+    reason = refused(UnsupportedError, tmp_path, quantization="uint4")
+    assert reason.startswith("vision.onnx: its 4-bit weights have zero points, which tensorrt-rtx does not take")
+
+
 def test_a_node_that_tensorrt_refuses_is_named_with_its_reason(tmp_path: Path) -> None:
     reason = refused(UnsupportedError, tmp_path, operator="BitwiseNot", module={"vitrail.module": "projector"})
     assert "BitwiseNot (node node_odd), which projector computes with" in reason

@@ -98,17 +98,29 @@ def _product(
             ),
             helper.make_node("MatMul", [f"d{index}", f"{name}_d"], [out], name=out),
         ], operands
-    block = 16
+    # "int4" is symmetric; "uint4" has zero points, here all 8, and so the same weights.
+    block, asymmetric = 16, quantization == "uint4"
     grouped = weight.reshape(-1, block, weight.shape[1])
     scale = np.abs(grouped).max(1) / 7
     codes = np.rint(grouped / scale[:, None]).astype(np.int8).reshape(-1)
+    codes = codes + 8 if asymmetric else codes
     packed = ((codes[0::2] & 15) | (codes[1::2] & 15) << 4).astype(np.uint8)
     operands = [
-        helper.make_tensor(name, TensorProto.INT4, weight.shape, packed.tobytes(), raw=True),
+        helper.make_tensor(
+            name, TensorProto.UINT4 if asymmetric else TensorProto.INT4, weight.shape, packed.tobytes(), raw=True
+        ),
         _tensor(f"{name}_scale", kind, scale),
     ]
+    if asymmetric:
+        zeros = bytes([0x88]) * (scale.size // 2)
+        operands.append(helper.make_tensor(f"{name}_zero", TensorProto.UINT4, scale.shape, zeros, raw=True))
     weights = helper.make_node(
-        "DequantizeLinear", [name, f"{name}_scale"], [f"{name}_d"], name=f"weights{index}", axis=0, block_size=block
+        "DequantizeLinear",
+        [operand.name for operand in operands],
+        [f"{name}_d"],
+        name=f"weights{index}",
+        axis=0,
+        block_size=block,
     )
     return [weights, helper.make_node("MatMul", [x, f"{name}_d"], [out], name=out)], operands
 

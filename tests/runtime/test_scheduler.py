@@ -16,8 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from vitrail.runtime.engine import scheduler as scheduler_module
-from vitrail.runtime.engine.batch import Batch, Image, RequestState, SequenceState
+from vitrail.runtime.engine.batch import Batch, Image, RequestState, SequenceState, Tiles
 from vitrail.runtime.engine.block_manager import BlockManager
 from vitrail.runtime.engine.scheduler import Scheduler
 
@@ -30,7 +29,7 @@ class Job(RequestState):
     """A request that answers `answer` tokens each, and what a model would have of it."""
 
     answer: int = 1
-    encoded: dict[int, int] = field(default_factory=dict)
+    encoded: dict[int, set[int]] = field(default_factory=dict)
     done: bool = False
 
 
@@ -53,11 +52,15 @@ def job(arrival, text, images=(), n=1, answer=3, salt=b""):
 
 
 class Model:
-    """Runs batches on blocks that remember what was written to them, and trusts nothing it is told."""
+    """Runs batches on blocks that remember what was written to them, and trusts nothing it is told.
+
+    away: tiles that the devices of the vision half hold, where it has any of its own.
+    """
 
     def __init__(self, scheduler: Scheduler[Job]) -> None:
         self.scheduler = scheduler
         self.memory: dict[tuple[int, int], bytes] = {}
+        self.away: list[Tiles[Job]] = []
 
     def run(self, batch: Batch[Job]) -> None:
         for source, target in batch.copies:
@@ -68,12 +71,31 @@ class Model:
         for request in batch.preempted:
             request.encoded.clear()
         for tiles in batch.tiles:
-            assert tiles.request.encoded.get(tiles.place, 0) == tiles.first
-            tiles.request.encoded[tiles.place] = tiles.first + tiles.count
+            if self.scheduler.tiles_in_flight is None:
+                assert len(tiles.request.encoded.get(tiles.place, ())) == tiles.first
+                self._encode(tiles)
+            else:
+                self.away.append(tiles)
+        assert len(self.away) == self.scheduler.num_in_flight
         for chunk in batch.chunks:
             self._write(chunk)
         for chunk in batch.chunks:
             self._advance(chunk)
+
+    def bring(self, number: int) -> bool:
+        """One of the tiles that are away comes back; returns whether it is wanted."""
+        tiles = self.away.pop(number)
+        wanted = self.scheduler.arrived(tiles)
+        if wanted:
+            assert not tiles.request.done
+            self._encode(tiles)
+        return wanted
+
+    def _encode(self, tiles) -> None:
+        held = tiles.request.encoded.setdefault(tiles.place, set())
+        fresh = set(range(tiles.first, tiles.first + tiles.count))
+        assert not held & fresh, "encoded twice"
+        held |= fresh
 
     def _write(self, chunk) -> None:
         request, sequence = chunk.request, chunk.request.sequences[chunk.index]
@@ -82,7 +104,8 @@ class Model:
         assert chunk.samples == (chunk.end == request.length(sequence))
         for place, image in enumerate(request.images):
             if image.end > chunk.start and image.start < chunk.end:
-                ready = image.start + 2 * request.encoded.get(place, 0)
+                there = request.encoded.get(place, set())
+                ready = image.start + 2 * next(tile for tile in range(image.num_tiles + 1) if tile not in there)
                 assert image.kept or min(chunk.end, image.end) <= ready, "visual tokens that are not there"
         for position, name in enumerate(names(request, sequence, chunk.end)):
             slot = table[position // BLOCK], position % BLOCK
@@ -122,7 +145,10 @@ def scheduler_of(num_blocks=12, rows=3, tokens=12, **options) -> Scheduler[Job]:
 def run_out(scheduler, model, most=2000):
     steps = 0
     while scheduler:
-        model.run(scheduler.schedule())
+        batch = scheduler.schedule()
+        model.run(batch)
+        if model.away and (steps % 3 == 0 or not batch.chunks):
+            model.bring(steps % len(model.away))
         scheduler.check_integrity()
         steps += 1
         assert steps < most, "somebody starves"
@@ -142,8 +168,9 @@ class Schedules(RuleBasedStateMachine):
         tokens=st.sampled_from([1, 3, 8, 64]),
         caching=st.booleans(),
         exact=st.sampled_from([False, False, True]),
+        in_flight=st.sampled_from([None, None, 1, 2, 5]),
     )
-    def begin(self, num_blocks, rows, tokens, caching, exact):
+    def begin(self, num_blocks, rows, tokens, caching, exact, in_flight):
         limit = num_blocks + 12
         self.scheduler = Scheduler(
             BlockManager(num_blocks, BLOCK, limit=limit),
@@ -151,6 +178,7 @@ class Schedules(RuleBasedStateMachine):
             max_num_batched_tokens=tokens,
             enable_prefix_caching=caching,
             exact=exact,
+            tiles_in_flight=in_flight,
         )
         self.model = Model(self.scheduler)
         self.jobs: list[Job] = []
@@ -175,15 +203,28 @@ class Schedules(RuleBasedStateMachine):
         for _ in range(times):
             first = next(iter(self.scheduler.running), None)
             batch = self.scheduler.schedule()
-            assert bool(batch.tiles or batch.chunks) or not self.scheduler
+            assert bool(batch.tiles or batch.chunks or self.model.away) or not self.scheduler
             if first is not None:
                 moved = {id(part.request) for part in (*batch.tiles, *batch.chunks)}
-                assert id(first) in moved, "the request that came first stands still"
+                moved |= {id(tiles.request) for tiles in self.model.away}
+                # Behind tiles that nobody wants any more it may have to wait for room.
+                assert id(first) in moved or len(self.model.away) == self.scheduler.tiles_in_flight, "it stands still"
                 assert first not in batch.preempted or first.arrival > 0
             prompt = sum(chunk.end - chunk.start for chunk in batch.chunks if not chunk.decodes)
             most = max(self.scheduler.max_num_batched_tokens, 2, self.scheduler.exact * self.scheduler.chunk_tokens)
-            assert prompt + 2 * batch.num_tiles <= most
+            if self.scheduler.tiles_in_flight is None:
+                prompt += 2 * batch.num_tiles
+            assert prompt <= most
+            ahead = sum(image.num_sent for waiting in self.scheduler.waiting for image in waiting.images)
+            assert 2 * ahead <= self.scheduler.max_num_batched_tokens
             self.model.run(batch)
+            self.scheduler.check_integrity()
+
+    @precondition(lambda self: self.model.away)
+    @rule(numbers=st.lists(st.integers(0, 9), min_size=1, max_size=4))
+    def arrive(self, numbers):
+        for number in numbers[: len(self.model.away)]:
+            self.model.bring(number % len(self.model.away))
             self.scheduler.check_integrity()
 
     @precondition(lambda self: any(not one.done for one in self.jobs))
@@ -222,10 +263,12 @@ class Schedules(RuleBasedStateMachine):
             run_out(self.scheduler, self.model)
             assert all(one.done for one in self.jobs)
             assert self.scheduler.blocks.num_used == 0
+            assert not any(self.model.bring(0) for _ in range(len(self.model.away)))
+            assert self.scheduler.num_in_flight == 0
 
 
 def test_any_order_of_events_leaves_every_block_right_and_every_request_served() -> None:
-    run_state_machine_as_test(Schedules, settings=settings(max_examples=100, stateful_step_count=25))
+    run_state_machine_as_test(Schedules, settings=settings(max_examples=150, stateful_step_count=25))
 
 
 @pytest.mark.slow
@@ -380,6 +423,105 @@ def test_exact_chunks_end_at_multiples_and_depend_on_nothing_else() -> None:
     assert borders(5, True) == alone[2:]
 
 
+# --- the vision half on devices of its own ---
+
+
+def test_tiles_are_sent_as_far_as_there_is_room_those_of_running_requests_first() -> None:
+    scheduler = scheduler_of(num_blocks=60, rows=1, tokens=8, tiles_in_flight=5)
+    model = Model(scheduler)
+    scheduler.add(job(1, [1], [(b"cat", 1)]))
+    model.run(scheduler.schedule())  # what came later and had been admitted already
+    for arrival, tiles in ((2, 2), (3, 2), (4, 3)):
+        scheduler.add(job(arrival, [1], [(b"cat", tiles)]))
+    model.run(scheduler.schedule())
+    sent = [(tiles.request.arrival, tiles.first, tiles.count) for tiles in model.away]
+    assert sent == [(1, 0, 1), (2, 0, 1), (2, 1, 1), (3, 0, 1), (3, 1, 1)]
+    assert not scheduler.schedule().tiles  # until something comes back
+    assert model.bring(1)
+    assert not scheduler.schedule().tiles  # eight tokens' worth wait for the language half, or will
+    assert model.bring(0)
+    model.run(scheduler.schedule())
+    run_out(scheduler, model)
+
+
+def test_tokens_behind_a_tile_that_is_not_back_are_not_counted() -> None:
+    scheduler, one = scheduler_of(tokens=64, tiles_in_flight=8), job(0, [1, 2], [(b"cat", 3)])
+    model = Model(scheduler)
+    scheduler.add(one)
+    model.run(scheduler.schedule())
+    counted = []
+    for number in (2, 0, 0):
+        assert model.bring(number)
+        counted.append(one.images[0].num_encoded)
+    assert counted == [0, 1, 3]
+    assert [(chunk.start, chunk.end) for chunk in scheduler.schedule().chunks] == [(1, 9)]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_tiles_of_a_request_that_is_gone_or_began_anew_are_ignored_and_take_room_until_then(gone) -> None:
+    scheduler, one = scheduler_of(tokens=64, tiles_in_flight=3), job(0, [1, 2], [(b"cat", 3)])
+    model = Model(scheduler)
+    scheduler.add(one)
+    model.run(scheduler.schedule())
+    assert model.bring(1)
+    if gone:
+        scheduler.remove(one)
+        one.done = True
+        scheduler.add(one := job(1, [1, 2], [(b"cat", 3)]))
+    else:
+        scheduler.preempt(one)
+        one.encoded.clear()
+    model.run(scheduler.schedule())
+    assert [tiles.first for tiles in model.away] == [0, 2, 0]
+    assert model.bring(2)
+    assert one.images[0].num_encoded == 1  # whatever else is on its way
+    assert [model.bring(0), model.bring(0)] == [False, False]
+    assert one.images[0].num_encoded == 1
+    model.run(scheduler.schedule())
+    assert [model.bring(0) for _ in range(2)] == [True] * 2
+    assert one.images[0].num_encoded == 3
+    run_out(scheduler, model)
+
+
+def test_a_prompt_takes_the_tiles_that_are_there_but_holds_up_nobody_for_scraps() -> None:
+    def ends(decoding):
+        scheduler = scheduler_of(num_blocks=60, tokens=64, chunk_tokens=5, tiles_in_flight=8)
+        model = Model(scheduler)
+        if decoding:
+            scheduler.add(job(0, [1], answer=50))
+            model.run(scheduler.schedule())
+        scheduler.add(one := job(1, [1, 2], [(b"cat", 4)]))
+        found = []
+        while not one.started:
+            batch = scheduler.schedule()
+            found += [chunk.end for chunk in batch.chunks if chunk.request is one]
+            model.run(batch)
+            if model.away:
+                model.bring(0)
+        return found
+
+    assert ends(decoding=False) == [1, 3, 5, 7, 11]
+    assert ends(decoding=True) == [5, 10, 11]  # five tokens at a time beside a row that decodes, or what is left
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_exact_chunks_do_not_depend_on_when_tiles_come_back(order) -> None:
+    draw = random.Random(order)
+    scheduler = scheduler_of(num_blocks=200, rows=8, tokens=8, exact=True, tiles_in_flight=6)
+    model = Model(scheduler)
+    scheduler.add(job(0, [2] * 9, [(b"dog", 2)], answer=40))
+    scheduler.add(one := job(1, [1] * 20, [(b"cat", 2), (b"dog", 3)]))
+    borders = []
+    while not one.started:
+        batch = scheduler.schedule()
+        borders += [chunk.end for chunk in batch.chunks if chunk.request is one]
+        model.run(batch)
+        for _ in range(draw.randrange(3)):
+            if model.away:
+                model.bring(draw.randrange(len(model.away)))
+    assert borders == [8, 16, 24, 32]
+
+
 # --- the bound, in simulated time ---
 
 # Milliseconds on an A100 by the placement model: a decode step, a tile of InternViT-6B, a prompt token of the 20B.
@@ -389,7 +531,7 @@ DECODE, TILE, TOKEN = 35.0, 49.0, 0.148
 def longest_wait(chunk_tokens):
     """The longest wait between two tokens of an answer while documents arrive, in simulated milliseconds."""
     size, tile_tokens, draw = 64, 256, random.Random(0)
-    scheduler: Scheduler[Job] = Scheduler(BlockManager(5000, size), max_num_seqs=32)
+    scheduler: Scheduler[Job] = Scheduler(BlockManager(5000, size), max_num_seqs=32, chunk_tokens=chunk_tokens)
     arrivals, clock = [], 0.0
     for number in range(60):
         clock += draw.expovariate(1 / 900)
@@ -402,31 +544,29 @@ def longest_wait(chunk_tokens):
         arrivals.append((clock, one))
     now, waits, last, first_waits = 0.0, [0.0], {}, []
     came = {id(one): when for when, one in arrivals}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler_module, "CHUNK_TOKENS", chunk_tokens)
-        while arrivals or scheduler:
-            if not scheduler:
-                now = max(now, arrivals[0][0])
-            while arrivals and arrivals[0][0] <= now:
-                scheduler.add(arrivals.pop(0)[1])
-            batch = scheduler.schedule()
-            decodes = any(chunk.decodes for chunk in batch.chunks)
-            prompt = sum(chunk.end - chunk.start for chunk in batch.chunks if not chunk.decodes)
-            now += DECODE * decodes + TILE * batch.num_tiles + TOKEN * prompt
-            for chunk in batch.chunks:
-                scheduler.update(chunk)
-                if not chunk.samples:
-                    continue
-                request, sequence = chunk.request, chunk.request.sequences[0]
-                if id(request) in last:
-                    waits.append(now - last[id(request)])
-                else:
-                    first_waits.append(now - came[id(request)])
-                last[id(request)] = now
-                sequence.token_ids.append(1)
-                if len(sequence.token_ids) == request.answer:
-                    sequence.finish_reason = "length"
-                    scheduler.remove(request)
+    while arrivals or scheduler:
+        if not scheduler:
+            now = max(now, arrivals[0][0])
+        while arrivals and arrivals[0][0] <= now:
+            scheduler.add(arrivals.pop(0)[1])
+        batch = scheduler.schedule()
+        decodes = any(chunk.decodes for chunk in batch.chunks)
+        prompt = sum(chunk.end - chunk.start for chunk in batch.chunks if not chunk.decodes)
+        now += DECODE * decodes + TILE * batch.num_tiles + TOKEN * prompt
+        for chunk in batch.chunks:
+            scheduler.update(chunk)
+            if not chunk.samples:
+                continue
+            request, sequence = chunk.request, chunk.request.sequences[0]
+            if id(request) in last:
+                waits.append(now - last[id(request)])
+            else:
+                first_waits.append(now - came[id(request)])
+            last[id(request)] = now
+            sequence.token_ids.append(1)
+            if len(sequence.token_ids) == request.answer:
+                sequence.finish_reason = "length"
+                scheduler.remove(request)
     assert len(first_waits) == 60
     assert not any(request_id not in last for request_id in came)
     return max(waits)

@@ -1,13 +1,18 @@
 """Chat completions: answers equal the engine's own, streams equal answers, mistakes are told in OpenAI's form."""
 
+import itertools
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from vitrail.runtime.engine.engine import Engine
 from vitrail.runtime.engine.processor import Conversation
-from vitrail.runtime.server import schemas
+from vitrail.runtime.server import schemas, service
 
-from .conftest import ask, data_url
+from .conftest import ask, data_url, wait_until
 
 IMAGE, WIDE = data_url(90, 90, 1), data_url(200, 100, 2)
 
@@ -91,6 +96,60 @@ def test_a_stream_is_the_answer_in_pieces(server):
     assert last["usage"]["completion_tokens"] == 12
     assert last["vitrail"]["images"] == whole["vitrail"]["images"]
     assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
+
+
+def choices_of(server, **fields):
+    """The choices of a stream, as they come."""
+    with server.http.stream("POST", "/v1/chat/completions", json=ask(stream=True, **fields)) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield from json.loads(line.removeprefix("data: "))["choices"]
+
+
+def test_texts_between_the_first_and_the_last_wait_for_each_other(server, monkeypatch):
+    monkeypatch.setattr(service, "NEWS_S", 30.0)
+    long = {"max_tokens": 100, "ignore_eos": True, "logprobs": True}
+    whole = server.chat(**long).json()["choices"][0]["message"]["content"]
+    server.chat(stream=True, max_tokens=2)  # from here on the event loop does not look for news by itself
+    start = time.monotonic()
+    found = list(choices_of(server, **long))
+    assert time.monotonic() - start < 20
+    assert "".join(choice["delta"].get("content", "") for choice in found) == whole
+    counts = [len(choice["logprobs"]["content"]) for choice in found]
+    assert sum(counts) == 100
+    assert 2 <= len(counts) <= 4  # the first token, perhaps with others, and the rest when the end was told
+    server.call_soon(server.service._end_pause)
+
+
+def test_a_text_is_told_although_nothing_comes_after_it(make_server, monkeypatch):
+    server = make_server()
+    steps, go = itertools.count(), threading.Event()
+    decode = Engine._decode
+
+    def held(engine):
+        if next(steps) == 8:
+            assert go.wait(20)
+        return decode(engine)
+
+    monkeypatch.setattr(Engine, "_decode", held)
+    found = []
+
+    def read():
+        for choice in choices_of(server, max_tokens=20, ignore_eos=True):
+            found.append(choice["delta"].get("content", ""))
+
+    with ThreadPoolExecutor(1) as other:
+        reading = other.submit(read)
+        try:
+            wait_until(lambda: server.engine.recorder.counts["tokens generated"] == 9, "the engine stands still")
+            [request] = server.engine._requests.values()
+            so_far = "".join(request.sequences[0].text)
+            assert so_far
+            wait_until(lambda: "".join(found) == so_far, "what there is has come")
+        finally:
+            go.set()
+        reading.result()
+    assert "".join(found) == request.completions[0].text
 
 
 def test_a_stream_has_no_usage_unless_it_is_asked_for(server):

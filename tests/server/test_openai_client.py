@@ -6,6 +6,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from ..runtime.tiny_model import assert_same_answer
 from .conftest import ask, data_url
 
 IMAGE = data_url()
@@ -43,17 +44,33 @@ def test_the_clients_own_assembly_of_a_stream_works(server):
 
 
 def test_many_at_once_are_answered_each_by_its_own(server):
-    questions = [f"Question {number}?" for number in range(12)]
-    alone = [server.chat(question, max_tokens=6).json()["choices"][0]["message"]["content"] for question in questions]
+    questions = {f"many-{number}": f"Question {number}?" for number in range(12)}
+    runtime = server.service.runtime
+    alone = {name: runtime.generate(text, max_new_tokens=6, logprobs=2) for name, text in questions.items()}
+    completions = {}
+
+    def note(request_id, requests):
+        completions[request_id] = requests[0].completions[0]
 
     async def together():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            calls = [client.chat.completions.create(model="tiny", **ask(one, max_tokens=6)) for one in questions]
+            calls = [
+                client.chat.completions.create(
+                    model="tiny", **ask(text, max_tokens=6), extra_headers={"x-request-id": name}
+                )
+                for name, text in questions.items()
+            ]
             return [answer.choices[0].message.content for answer in await asyncio.gather(*calls)]
 
-    answers = asyncio.run(together())
-    # A tie of two tokens may fall otherwise in a batch; an answer of another's question would differ throughout.
-    assert sum(answer == expected for answer, expected in zip(answers, alone, strict=True)) >= 11
+    server.service.on_request.append(note)
+    try:
+        answers = dict(zip(questions, asyncio.run(together()), strict=True))
+        server.assert_nothing_is_held()
+    finally:
+        server.service.on_request.remove(note)
+    assert answers == {name: completions[name].text for name in questions}
+    for name, expected in alone.items():
+        assert_same_answer(expected.outputs[0], completions[name])
 
 
 def test_plain_completions_come_back(server):
@@ -109,7 +126,7 @@ def test_the_readmes_picture_is_answered_by_nano(tmp_path):
 
     from .conftest import LiveServer, wait_until
 
-    settings = Settings(device="cpu")
+    settings = Settings(device="cpu", mm_per_request_timeout=7.0)
     live = LiveServer(lambda: Runtime.from_pretrained("nano", **settings.runtime_options()), settings)
     try:
         wait_until(lambda: live.http.get("/ready").status_code == 200, "nano is loaded", 60)
@@ -119,5 +136,6 @@ def test_the_readmes_picture_is_answered_by_nano(tmp_path):
         url = f"data:image/png;base64,{base64.b64encode(receipt.read_bytes()).decode()}"
         answer = live.openai.chat.completions.create(model="nano", **ask("What is the total?", url))
         assert answer.choices[0].message.content == "$25.90"
+        assert live.service.runtime.limits.max_decode_s == live.service.runtime.media.timeout_s == 7
     finally:
         live.close()

@@ -127,11 +127,14 @@ def table(**changes):
     rows = [
         *({"stage": "vision", "tiles": n, "ms": 10.0 * n} for n in (1, 4)),
         *({"stage": "prefill", "tokens": n, "ms": n / 10} for n in (64, 512)),
+        {"stage": "prefill", "tokens": 1024, "prompts": 4, "ms": 100.0},
         *({"stage": "decode", "rows": n, "ms": 3.0 + n, "context": 100} for n in (1, 8)),
         *({"stage": "beside", "tokens": 64, "rows": n, "ms": 0.5 * n, "context": 100} for n in (1, 8)),
         *({"stage": "beside", "tokens": 512, "rows": n, "ms": 1.0 * n, "context": 100} for n in (1, 8)),
         {"stage": "kv", "ms": 0.01},
         {"stage": "pair", "ms": 1e-5},
+        {"stage": "prompt", "ms": 2.0},
+        {"stage": "wake", "ms": 7.0},
     ]
     label = {"model": "tiny", "quantization": None, "vision_quantization": None}
     return {"rows": [{**label, **row, **changes} for row in rows]}
@@ -145,11 +148,17 @@ def test_a_table_of_measured_costs_is_read(tmp_path) -> None:
     assert costs.vision_ms(2) == 20
     assert costs.prefill_ms(512, 512**2 / 2) == pytest.approx(51.2)
     assert costs.prefill_ms(512, 512**2 / 2 + 1e5) == pytest.approx(52.2)
+    # Eight prompts of 64 tokens: an eighth of the pairs of one of 512, and seven times what a further one costs.
+    pairs = 8 * 64**2 / 2
+    assert costs.prefill_ms(512, pairs, 8) == pytest.approx(51.2 - (512**2 / 2 - pairs) * 1e-5 + 7 * 2)
+    # A pass of four prompts of 256 was measured: 100 ms.
+    assert costs.prefill_ms(1024, 4 * 256**2 / 2, 4) == pytest.approx(100)
     assert costs.decode_ms(4, 4 * 100) == 7
     assert costs.decode_ms(4, 4 * 150) == pytest.approx(9)
     assert [costs.beside_ms(8, 800, prompt) for prompt in (10, 64, 288, 512)] == [4, 4, 6, 8]
     assert costs.beside_ms(8, 900, 64) == pytest.approx(5)
     assert costs.beside_ms(0, 0, 512) == 0
+    assert TensorParallel(costs, SIZES, find_gpu("h200"), 2).wake_ms == costs.wake_ms == 7
     assert read_measured(file, "other", BF16) is None
     assert read_measured(file, "tiny", INT8) is None
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vitrail.runtime.distributed.costs import Roofline, TensorParallel
 from vitrail.runtime.distributed.gpus import find_gpu
-from vitrail.runtime.distributed.planner import Placement, Planner
+from vitrail.runtime.distributed.planner import ENCODER_BATCH, ENCODER_DEPTH, Placement, Planner
 from vitrail.runtime.distributed.simulator import (
     Arrival,
     Deployment,
@@ -21,6 +21,7 @@ from vitrail.runtime.distributed.simulator import (
     simulated_load,
 )
 from vitrail.runtime.distributed.sizes import ModelSizes
+from vitrail.runtime.distributed.vision_pool import DEPTH, TILES_PER_JOB
 from vitrail.runtime.distributed.workload import Kind, Workload, workload_of
 from vitrail.runtime.engine.block_manager import BlockManager
 from vitrail.runtime.engine.scheduler import Scheduler
@@ -41,11 +42,12 @@ class Flat:
     token: float = 0.1
     step: float = 10.0
     beside: float = 1.0
+    wake_ms: float = 0.0
 
     def vision_ms(self, tiles):
         return self.tile * tiles
 
-    def prefill_ms(self, tokens, pairs):
+    def prefill_ms(self, tokens, pairs, prompts=1):
         return self.token * tokens
 
     def decode_ms(self, rows, tokens):
@@ -55,9 +57,12 @@ class Flat:
         return self.beside * bool(rows)
 
 
-def group(costs=None, rows=8, num_blocks=200):
+def group(costs=None, rows=8, num_blocks=200, tiles_in_flight=None):
     scheduler: Scheduler[Arrival] = Scheduler(
-        BlockManager(num_blocks, 64), max_num_seqs=rows, enable_prefix_caching=False
+        BlockManager(num_blocks, 64),
+        max_num_seqs=rows,
+        enable_prefix_caching=False,
+        tiles_in_flight=tiles_in_flight,
     )
     return Group(scheduler, costs or Flat())
 
@@ -75,6 +80,13 @@ def test_one_request_takes_what_its_stages_take() -> None:
     assert done.busy == pytest.approx(1 - 100 / one.times[-1])
 
 
+def test_a_step_after_a_wait_takes_longer_and_those_who_come_together_share_it() -> None:
+    requests = [arrival(number, Kind(0, 40, 2), 256, came=came) for number, came in enumerate((5.0, 5.0, 900.0))]
+    run(requests, group(Flat(wake_ms=3.0)))
+    assert requests[0].times == requests[1].times == pytest.approx([5 + 3 + 8, 5 + 3 + 8 + 10])
+    assert requests[2].times == pytest.approx([900 + 3 + 4, 900 + 3 + 4 + 10])
+
+
 def test_answers_go_on_beside_a_prompt_and_wait_no_longer_than_a_bounded_step() -> None:
     early, late = arrival(0, Kind(0, 10, 200), 256, 0.0), arrival(1, Kind(4, 100, 2), 256, 50.0)
     run([early, late], group())
@@ -84,25 +96,53 @@ def test_answers_go_on_beside_a_prompt_and_wait_no_longer_than_a_bounded_step() 
     assert len(early.times) == 200 and len(late.times) == 2
 
 
-def test_encoders_share_the_tiles_of_an_image_and_hand_it_on_whole() -> None:
+def test_encoders_share_the_tiles_of_an_image_and_the_prompt_begins_with_what_is_there() -> None:
     one = arrival(0, Kind(7, 44, 1), 256, came=0.0)
-    run([one], group(), encoders=2)
-    assert one.times == pytest.approx([4 * 5 + 0.1 * (7 * 256 + 44)])  # four tiles on one, three on the other
+    run([one], group(tiles_in_flight=16), encoders=2)
+    # Four tiles on one, the first, which take 20 ms, and three on the other.
+    assert one.times == pytest.approx([4 * 5 + 0.1 * (7 * 256 + 44)])
+    many = arrival(0, Kind(10, 44, 1), 256, came=0.0)
+    run([many], group(tiles_in_flight=16), encoders=1)
+    # The prompt of eight tiles runs while the others are encoded; the rest follows it.
+    assert many.times == pytest.approx([8 * 5 + 0.1 * 8 * 256 + 0.1 * (2 * 256 + 44)])
 
 
 def test_tiles_wait_in_order_and_text_does_not_wait_for_encoders() -> None:
-    pictures = [arrival(number, Kind(16, 4, 1), 16, came=0.0) for number in range(4)]
+    pictures = [arrival(number, Kind(8, 4, 1), 16, came=0.0) for number in range(4)]
     text = arrival(4, Kind(0, 100, 1), 16, came=1.0)
-    run([*pictures, text], group(Flat(token=0.001)), encoders=1)
+    run([*pictures, text], group(Flat(token=0.001), tiles_in_flight=64), encoders=1)
     assert text.times[0] < 2
     ready = [one.times[0] for one in pictures]
-    assert ready == sorted(ready)
-    assert [round(time / 80) for time in ready] == [1, 2, 3, 4]
+    assert [round(time / 40) for time in ready] == [1, 2, 3, 4]
 
 
-def test_encoders_without_costs_are_refused() -> None:
+def test_no_more_tiles_are_on_their_way_than_may_be() -> None:
+    pictures = [arrival(number, Kind(8, 4, 1), 16, came=0.0) for number in range(2)]
+    one = group(Flat(token=0.001), tiles_in_flight=2)
+    most = []
+    schedule = one.scheduler.schedule
+
+    def watched():
+        batch = schedule()
+        most.append(one.scheduler.num_in_flight)
+        return batch
+
+    one.scheduler.schedule = watched
+    run(pictures, one, encoders=4)
+    assert max(most) == 2
+    assert pictures[1].times[0] == pytest.approx(8 * 5, rel=0.01)  # sixteen tiles, two at a time
+
+
+def test_encoders_and_schedulers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="2 encoders need costs"):
-        Deployment([group()], encoders=2)
+        Deployment([group(tiles_in_flight=4)], encoders=2)
+    for one, encoders in ((group(), 2), (group(tiles_in_flight=4), 0)):
+        with pytest.raises(ValueError, match=f"schedulers that send tiles need encoders.*{encoders} encoders"):
+            Deployment([one], encoders=encoders, encoder_costs=Flat())
+
+
+def test_encoders_take_tiles_as_the_workers_do() -> None:
+    assert (ENCODER_BATCH, ENCODER_DEPTH) == (TILES_PER_JOB, DEPTH)
 
 
 def test_a_request_goes_to_the_group_that_has_fewest() -> None:
@@ -157,16 +197,18 @@ def test_every_request_is_served_once_in_order_and_no_time_is_lost(kinds, rate, 
     runs = []
     for _ in range(2):
         requests = arrivals(work, number, rate=rate, seed=seed)
-        groups = [group(rows=rows, num_blocks=num_blocks) for _ in range(count)]
+        in_flight = 4 * encoders or None
+        groups = [group(rows=rows, num_blocks=num_blocks, tiles_in_flight=in_flight) for _ in range(count)]
         deployment = Deployment(groups, encoders=encoders, encoder_costs=Flat())
         done = deployment.run(requests)
         for one in requests:
             assert len(one.times) == one.answer == len(one.sequences[0].token_ids)
             assert one.came < one.times[0] and one.times == sorted(one.times)
-            assert one.tiles_left == 0 or not encoders
+            assert all(image.num_encoded == image.num_tiles for image in one.images)
         for one in groups:
             one.scheduler.check_integrity()
             assert not one.scheduler and one.unfinished == 0 and one.scheduler.blocks.num_used == 0
+            assert one.scheduler.num_in_flight == 0
         assert deployment.idle_encoders == encoders
         assert done.seconds * 1e3 == max(one.times[-1] for one in requests)
         assert 0 < done.busy <= 1 + 1e-9
@@ -185,7 +227,7 @@ def test_other_seeds_are_other_arrivals_of_the_same_rate() -> None:
     assert [one.came for one in first] != [one.came for one in second]
     for requests in (first, second):
         assert 4000 / requests[-1].came * 1e3 == pytest.approx(5, rel=0.05)
-        assert sum(one.tiles_left for one in requests) == pytest.approx(1000, rel=0.1)
+        assert sum(len(one.images) for one in requests) == pytest.approx(1000, rel=0.1)
     assert {one.came for one in arrivals(work, 5, rate=None)} == {0.0}
 
 
@@ -202,6 +244,9 @@ def test_groups_have_the_memory_and_the_rows_of_the_prediction() -> None:
     assert all(isinstance(one.costs, TensorParallel) for one in groups)
     assert groups[0].scheduler.max_num_seqs == found.rows
     assert groups[0].scheduler.blocks.num_blocks * 64 <= plan.kv_tokens(found.placement, found.memory)
+    assert (groups[0].scheduler.chunk_tokens, groups[0].scheduler.tiles_in_flight) == (1024, None)
+    split = groups_of(plan, plan.predict(Placement(8, 2, 4)))
+    assert [one.scheduler.tiles_in_flight for one in split] == [64, 64]  # four encoders, sixteen each
 
 
 @pytest.mark.parametrize(
