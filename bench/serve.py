@@ -6,7 +6,7 @@
 Without `--url` it starts `vitrail serve nano` and measures every load in turn through HTTP and *in process*, where one
 thread takes the engine's steps for the same requests, base64 and PNG included. `overhead percent` is what the server
 loses of the engine's output tokens per second. Its clients are a process of their own, this one, on the same machine,
-and what they take of it counts as the server's; the model gets `--threads` (half of the cores by default) in both. With
+and what they take of it (`bench cpu percent`, of one core) counts as the server's; the model gets `--threads` (half of the cores by default) in both. With
 answers of two lengths the loss is parted into what a request and what a token costs.
 
 A workload is a file of JSON lines, each the body of a chat request without `model` and `stream`; `--write-workload`
@@ -270,10 +270,11 @@ def parted(losses: Mapping[int, float]) -> tuple[float, float]:
 
 
 class Run(NamedTuple):
-    """The answers of a load and the seconds they took."""
+    """The answers of a load, the seconds they took, and those of a core that this process worked meanwhile."""
 
     answers: list[Answer]
     seconds: float
+    own_cpu_s: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -282,16 +283,16 @@ class Run(NamedTuple):
 
 def by_http(server: Server, workload: Workload, **load: Any) -> Run:
     """A load through HTTP."""
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     answers = asyncio.run(answer_by_http(server, workload, **load))
-    return Run(answers, time.perf_counter() - start)
+    return Run(answers, time.perf_counter() - start, time.process_time() - worked)
 
 
 def in_process(runtime: Runtime, workload: Workload, **load: Any) -> Run:
     """The same without a server."""
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     answers = answer_in_process(runtime, workload, **load)
-    return Run(answers, time.perf_counter() - start)
+    return Run(answers, time.perf_counter() - start, time.process_time() - worked)
 
 
 def measure_overhead(
@@ -317,7 +318,11 @@ def measure_overhead(
     def rows_of(name: str, runs: tuple[list[Run], list[Run]], new_tokens: int) -> list[dict[str, Any]]:
         typical = [sorted(side, key=lambda run: run.tokens_per_s)[len(side) // 2] for side in runs]
         return [
-            {"new_tokens": new_tokens, **row_of(system, name, *run)}
+            {
+                "new_tokens": new_tokens,
+                **row_of(system, name, run.answers, run.seconds),
+                "bench_cpu_percent": 100 * run.own_cpu_s / run.seconds,
+            }
             for system, run in zip(("in process", "vitrail serve"), typical, strict=True)
         ]
 
@@ -435,7 +440,8 @@ def _measure_url(arguments: argparse.Namespace) -> Path:
         first = place * count  # pictures that no load before has seen
         workload = given or make_workload(itertools.count(first), count, arguments.new_tokens[-1], arguments.size)
         new_tokens = max(request.get("max_tokens", 0) for request in workload)
-        rows.append({"new_tokens": new_tokens, **row_of(arguments.name, name, *by_http(server, workload, **load))})
+        run = by_http(server, workload, **load)
+        rows.append({"new_tokens": new_tokens, **row_of(arguments.name, name, run.answers, run.seconds)})
         _show(rows[-1])
     title = f"Requests to {arguments.name} ({server.model}) over HTTP"
     return write_results(results_path(f"serve-{arguments.name}", arguments.out), rows, title=title)
