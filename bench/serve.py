@@ -6,8 +6,8 @@
 Without `--url` it starts `vitrail serve nano` and measures every load in turn through HTTP and *in process*, where one
 thread takes the engine's steps for the same requests, base64 and PNG included. `overhead percent` is what the server
 loses of the engine's output tokens per second. Its clients are a process of their own, this one, on the same machine,
-and what they take of it (`bench cpu percent`, of one core) counts as the server's; the model gets `--threads` (half of the cores by default) in both. With
-answers of two lengths the loss is parted into what a request and what a token costs.
+and what they take of it (`bench cpu percent`, of one core) counts as the server's; the model gets `--threads` (half of
+the cores by default) in both. With answers of two lengths the loss is parted into what a request and a token costs.
 
 A workload is a file of JSON lines, each the body of a chat request without `model` and `stream`; `--write-workload`
 makes one: pictures of noise, each its own, and answers of `--new-tokens` on the average, from half to one and a half of
