@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, VitrailError
 from ..request import GenerationConfig, StreamDelta
 from .engine import Engine
 from .processor import Prepared
@@ -108,11 +108,19 @@ class Replicas:
         """What encodes tiles of no request."""
         return self.engines[0].vision_stage
 
+    @property
+    def failure(self) -> VitrailError | None:
+        """Why none of them can answer any more."""
+        failures = [engine.failure for engine in self.engines]
+        return failures[0] if all(failures) else None
+
     def _choose(self, image: bytes | None) -> Engine:
-        fewest = min(self.engines, key=lambda engine: engine.num_requests)
+        able = [engine for engine in self.engines if engine.failure is None] or self.engines
+        fewest = min(able, key=lambda engine: engine.num_requests)
         known = None if image is None else self._places.get(image)
-        patient = known is not None and known.num_requests <= fewest.num_requests + _PATIENCE
-        return known if known is not None and patient else fewest
+        if known is not None and known in able and known.num_requests <= fewest.num_requests + _PATIENCE:
+            return known
+        return fewest
 
 
 def _nobody() -> None:

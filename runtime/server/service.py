@@ -280,7 +280,10 @@ class Service:
         reading = runtime.engine.reading  # which has a deadline of its own
         if steps != self._steps or not flying or reading:
             self._steps, self._moved = steps, now
-        if runtime.engine.broken:
+        if runtime.engine.failure is not None:  # no request will be answered any more; whoever watches may start anew
+            self.failure = runtime.engine.failure
+            self.die("the model's processes have ended")
+        elif runtime.engine.broken:
             self.die("the engine's thread has ended")
         elif now - self._moved > self.settings.stall_timeout:
             self.die("the engine stands still")

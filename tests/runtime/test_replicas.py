@@ -7,7 +7,7 @@ import pytest
 
 from vitrail.runtime import Runtime
 from vitrail.runtime.distributed.halves import Halves
-from vitrail.runtime.errors import InvalidRequestError
+from vitrail.runtime.errors import InvalidRequestError, VitrailError
 
 from .tiny_model import assert_idle, assert_same_answer, picture, write_tiny_model
 
@@ -77,6 +77,19 @@ def test_a_request_is_aborted_wherever_it_is(replicas):
         assert replicas.abort(name)
         assert [delta.finish_reason for delta in stream][-1] == "abort"
     assert not replicas.abort("r0")
+
+
+def test_what_one_engine_can_no_longer_do_the_other_does(replicas):
+    dead, alive = replicas.engine.engines
+    image = picture(90, 90, 1)
+    replicas.generate("here", [image], max_new_tokens=2)
+    dead.fail_all(VitrailError("rank 1 ended"))
+    assert replicas.engine.failure is None
+    assert replicas.generate("there", [image], max_new_tokens=2).finish_reason == "length"
+    alive.fail_all(VitrailError("rank 1 ended"))
+    assert "rank 1 ended" in str(replicas.engine.failure)
+    with pytest.raises(VitrailError, match="rank 1 ended"):
+        replicas.generate("nowhere", max_new_tokens=2)
 
 
 def test_a_request_id_can_be_in_use_once(replicas):

@@ -18,7 +18,7 @@ import torch
 from vitrail.runtime.engine.engine import Engine
 from vitrail.runtime.engine.processor import Processor
 from vitrail.runtime.engine.vision_stage import VisionStage
-from vitrail.runtime.errors import CheckpointError
+from vitrail.runtime.errors import CheckpointError, VitrailError
 from vitrail.runtime.server import main
 
 from ..runtime.command_line import vitrail
@@ -240,6 +240,14 @@ def test_an_engine_whose_thread_ends_is_the_servers_end(make_server, monkeypatch
     monkeypatch.setattr(Engine, "_run_step", broken)
     response = server.chat()
     assert response.status_code == 500
+    wait_until(lambda: not server.alive, "the server ends")
+    assert server.service.dead
+
+
+def test_processes_of_the_model_that_end_are_the_servers_end(make_server):
+    server = make_server()
+    server.engine.fail_all(VitrailError("rank 1 of the language half ended: signal 9"))
+    assert server.chat().status_code == 500
     wait_until(lambda: not server.alive, "the server ends")
     assert server.service.dead
 
