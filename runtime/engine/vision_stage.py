@@ -178,6 +178,8 @@ class VisionStage:
             if sum(len(part.tokens) for part in held.values()) < image.num_tokens:
                 continue  # the prefix was found in the cache before the image had been encoded as a whole
             tokens = _joined(held).cpu()
+            if tokens.untyped_storage().nbytes() > tokens.nbytes:  # a part of what others were encoded with
+                tokens = tokens.clone()
             if self._cache.put(image.key, tokens, tokens.nbytes):
                 loaded.tiles, loaded.tokens, image.kept = None, tokens, True
         request.visual.clear()

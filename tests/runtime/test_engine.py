@@ -309,6 +309,15 @@ def test_a_request_of_more_completions_than_rows_runs_by_itself(rt, alone):
         assert_as_alone(alone, which, request)
 
 
+def test_cached_visual_tokens_hold_no_more_memory_than_is_counted(rt):
+    rt.engine.vision_cache.clear()
+    rt.generate(["a", "b", "c"], [[picture(90, 90, 100 + number)] for number in range(3)], max_new_tokens=1)
+    entries = rt.engine.vision_cache._entries.values()
+    assert len(entries) == 3
+    for tokens, num_bytes in entries:  # they were encoded together
+        assert tokens.untyped_storage().nbytes() == num_bytes
+
+
 def test_the_cache_keeps_within_its_memory_and_requests_take_turns(parts, alone):
     with Runtime(*parts, max_num_seqs=ROWS) as rt:
         blocks = rt.engine.blocks
