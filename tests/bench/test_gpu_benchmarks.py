@@ -95,7 +95,13 @@ def test_the_waterfall_swaps_techniques_for_plain_torch_and_back() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
-@pytest.mark.parametrize("script", ["kernels.py", "vision.py", "decode.py", "table_g.py", "tune.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "kernels.py",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vision.py", "decode.py", "table_g.py", "tune.py")),
+    ],
+)
 def test_without_a_gpu_the_script_says_so_and_exits_with_status_2(script: str) -> None:
     command = [sys.executable, str(ROOT / "bench" / script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -88,7 +88,7 @@ def test_answers_of_any_server_are_read(peer):
     workload = [{"messages": [], "max_tokens": count} for count in (1, 3, 429, 2)]
     for load in ({"clients": 2}, {"rate": 500.0}):
         peer.seen.clear()
-        answers, seconds = by_http(server, workload, **load)
+        answers, seconds, _ = by_http(server, workload, **load)
         by_tokens = {request["max_tokens"]: answer for request, answer in zip(workload, answers, strict=True)}
         assert [answer.error for answer in answers] == [None, None, "429", "cut off"]
         for count in (1, 3):

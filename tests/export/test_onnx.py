@@ -271,14 +271,12 @@ def test_a_checkpoint_in_int4_is_exported_with_its_own_codes(tmp_path: Path) -> 
     assert report.parts["decoder"]["outputs"]["logits"]["cosine"] > 0.99999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         "gptq act-order",  # the most at once: columns in an order of their own, and zero points
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("awq", "gptq v2", "bitsandbytes int8", "w8a8", "w8a16", "w4a16", "w4a16 asymmetric")
-        ),
+        *("awq", "gptq v2", "bitsandbytes int8", "w8a8", "w8a16", "w4a16", "w4a16 asymmetric"),
     ],
 )
 def test_a_checkpoint_that_another_program_quantised_is_exported_with_its_codes(name: str, tmp_path: Path) -> None:

@@ -582,17 +582,16 @@ def test_a_checkpoint_loads_in_half_precision(folder, dtype):
 @pytest.mark.parametrize(
     "option",
     [
-        {"vision_devices": ["cuda:0"]},
-        {"llm_devices": ["cuda:1"]},
-        {"placement": "split"},
-        {"tensor_parallel_size": 2},
+        {"vision_devices": ["cuda:90"]},
+        {"llm_devices": ["cuda:91"]},
         {"device": "mps"},
         {"device": "cuda:99"},
     ],
 )
-def test_an_option_that_is_not_available_is_refused_before_loading(option):
+def test_a_device_that_is_not_there_is_refused_before_loading(folder, option, monkeypatch):
+    monkeypatch.setattr(api, "open_halves", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UnsupportedError, match=next(iter(option))):
-        Runtime.from_pretrained("/nowhere", **option)
+        Runtime.from_pretrained(folder, **option)
 
 
 @pytest.mark.parametrize(
@@ -805,7 +804,7 @@ def test_a_video_part_of_a_message_is_the_video_of_generate(rt):
     ],
 )
 def test_an_option_of_another_form_is_refused_before_weights_are_read(folder, option, monkeypatch):
-    monkeypatch.setattr(api, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(api, "open_halves", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError):
         Runtime.from_pretrained(folder, **option)
 

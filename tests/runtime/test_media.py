@@ -464,6 +464,7 @@ MAY_CONNECT = {
     "runtime/media.py": {"socket", "ssl", "http", "create_connection"},
     "runtime/weights.py": {"huggingface_hub"},
     "runtime/kernel_pack.py": {"huggingface_hub"},
+    "runtime/distributed/worker.py": {"socket"},  # a pair without names, between two processes
     "runtime/server/main.py": {"socket"},  # listens
     "runtime/server/tracing.py": {"opentelemetry"},
 }
