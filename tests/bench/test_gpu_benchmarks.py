@@ -99,7 +99,10 @@ def test_the_waterfall_swaps_techniques_for_plain_torch_and_back() -> None:
     "script",
     [
         "kernels.py",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vision.py", "decode.py", "table_g.py", "tune.py")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow(smoke=False))
+            for name in ("vision.py", "decode.py", "table_g.py", "tune.py")
+        ),
     ],
 )
 def test_without_a_gpu_the_script_says_so_and_exits_with_status_2(script: str) -> None:

@@ -62,6 +62,7 @@ def test_a_runtime_of_another_model_is_found(tiny) -> None:
         quantised.check_alike({**alike, "far": lambda: logits.roll(1)})
 
 
+@pytest.mark.slow(smoke=False)
 @torch.inference_mode()
 def test_onnxruntime_runs_the_prompt_and_one_more_token(tiny, tmp_path) -> None:
     for package in PACKAGES:

@@ -147,6 +147,7 @@ def test_answers_of_a_workload_are_of_several_lengths_about_one_mean():
     assert not {json.dumps(request) for request in first} & {json.dumps(request) for request in second}
 
 
+@pytest.mark.slow(smoke=False)
 def test_loads_run_against_our_own_server_and_its_engine():
     arguments = argparse.Namespace(clients=[2], new_tokens=[2, 4], requests=3, rate=50.0, size=(224, 224), turns=1)
     with (

@@ -170,10 +170,10 @@ OTHERS = {
     "Qwen2": chat_config("Qwen2ForCausalLM", llm={"vocab_size": 640}),
     "Phi-3": chat_config("Phi3ForCausalLM", llm={"vocab_size": 640}),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(OTHERS)[1:]]
 
 
-@pytest.mark.parametrize("name", [next(iter(OTHERS)), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_chat_model_computes_what_the_runtime_does(name: str, tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", OTHERS[name])
     export_onnx(source, tmp_path / "out", QUIET)
@@ -183,6 +183,7 @@ def test_every_chat_model_computes_what_the_runtime_does(name: str, tmp_path: Pa
         assert min(output["cosine"] for output in part["outputs"].values()) > 0.999999
 
 
+@pytest.mark.slow
 def test_both_towers_of_a_contrastive_model_compute_what_the_runtime_does(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 1}, {"num_hidden_layers": 2, "vocab_size": 640}
     source = write_tiny(tmp_path / "source", contrastive_config(*sizes))
@@ -204,6 +205,7 @@ def logit_scale(source: Path) -> torch.Tensor:
 # Types.
 
 
+@pytest.mark.slow(smoke=False)
 def test_a_16_bit_graph_has_weights_and_products_of_that_type_alone(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", TINY)
     with torch.inference_mode():  # which must make no difference
@@ -271,7 +273,7 @@ def test_a_checkpoint_in_int4_is_exported_with_its_own_codes(tmp_path: Path) -> 
     assert report.parts["decoder"]["outputs"]["logits"]["cosine"] > 0.99999
 
 
-@pytest.mark.slow
+@pytest.mark.slow(smoke=False)
 @pytest.mark.parametrize(
     "name",
     [

@@ -186,12 +186,13 @@ def killed_and_resumed(folder, tmp_path, count, batch_size):
     return (tmp_path / "whole.npz").read_bytes(), (tmp_path / "cut.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_resumes_to_the_same_file(folder, tmp_path):
     whole, resumed = killed_and_resumed(folder, tmp_path, 120, 4)
     assert whole == resumed
 
 
-@pytest.mark.slow
+@pytest.mark.slow(smoke=False)
 def test_two_thousand_images_survive_a_kill(folder, tmp_path):
     whole, resumed = killed_and_resumed(folder, tmp_path, 2000, 16)
     assert whole == resumed

@@ -561,7 +561,7 @@ def test_five_hundred_random_requests_with_aborts_give_what_each_gives_by_itself
     assert check_random_requests(nano, 500) <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow(smoke=False)
 def test_ten_thousand_random_requests_give_what_each_gives_by_itself(nano):
     assert check_random_requests(nano, 10_000) <= 10
 

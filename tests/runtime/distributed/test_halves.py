@@ -31,7 +31,7 @@ def expected():
     ("options", "num_processes"),
     [
         ({"llm_devices": ["cpu", "cpu"], "vision_devices": ["cpu"]}, 1),
-        ({"tensor_parallel_size": 2, "placement": "split"}, 2),
+        pytest.param({"tensor_parallel_size": 2, "placement": "split"}, 2, marks=pytest.mark.slow),  # README runs it
         ({"llm_devices": ["cpu"], "placement": "replicas"}, 0),
     ],
     ids=["two replicas and a vision half", "tensor parallel and a vision half", "a single replica"],

@@ -35,7 +35,7 @@ from ..command_line import vitrail
 pytest.importorskip("ray")
 import yaml  # Ray needs it
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(smoke=False)  # but for three
 
 ROOT = Path(__file__).resolve().parents[3]
 RECEIPT = ROOT / "examples" / "receipt.png"
@@ -185,6 +185,7 @@ def picture() -> bytes:
     return RECEIPT.read_bytes()
 
 
+@pytest.mark.slow
 def test_replicas_answer_as_one_process_does(server, picture):
     with Runtime.from_pretrained("nano", dtype="float32", device="cpu") as rt:
         expected = [rt.generate(question, RECEIPT, max_new_tokens=16).text for question in QUESTIONS]
@@ -197,6 +198,7 @@ def test_replicas_answer_as_one_process_does(server, picture):
     assert all(generated.values())  # both had a share
 
 
+@pytest.mark.slow
 def test_a_picture_goes_to_the_replica_that_has_seen_it(server, picture):
     for number in range(10, 16):
         before = server.metric("engine_vision_cache_lookups_total", result="hit")
@@ -247,6 +249,7 @@ def test_a_client_that_leaves_frees_its_replica(server, stream):
     wait_until(server.idle, "nothing runs")
 
 
+@pytest.mark.slow
 def test_nothing_hangs_when_a_replica_is_killed_under_load(server, picture):
     """Every call is answered, or ends with an error that says why; then there are two replicas again."""
     victim, *_ = before = processes_of(server, "Replica")
@@ -310,7 +313,6 @@ def test_what_cannot_be_is_refused_before_ray_starts(monkeypatch, flags, message
 # --- servers of their own ---
 
 
-@pytest.mark.slow(smoke=False)
 def test_a_model_that_no_replica_can_load_ends_the_command_with_its_own_words():
     server = Server("--replicas", "2", "--device", "cpu", "--max-model-len", "999999")
     wait_until(lambda: server.process.poll() is not None, "it ends")
@@ -320,7 +322,6 @@ def test_a_model_that_no_replica_can_load_ends_the_command_with_its_own_words():
     assert server.lines[-1].startswith("vitrail: a replica cannot start: max_model_len 999999 exceeds")
 
 
-@pytest.mark.slow(smoke=False)
 def test_nothing_runs_on_when_the_server_is_killed():
     server = Server("--replicas", "2", "--device", "cpu", "--api-key", KEY)
     wait_until(lambda: server.num_ready == 2, "both replicas are ready")
@@ -332,7 +333,6 @@ def test_nothing_runs_on_when_the_server_is_killed():
     shutil.rmtree(folder_of(processes))  # nobody is left to do it
 
 
-@pytest.mark.slow(smoke=False)
 def test_ray_serve_runs_the_application(tmp_path, picture):
     """As on a cluster: Ray Serve's own command, and its proxy before our ingress."""
     with socket.create_server(("127.0.0.1", 0)) as free:

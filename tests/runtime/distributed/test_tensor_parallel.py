@@ -310,7 +310,7 @@ def test_an_error_that_the_others_cannot_know_of_is_the_end_of_all(
     assert is_gone(rounded.workers[0].pid)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(smoke=False)
 def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -242,6 +242,7 @@ threading.Event().wait()
 """
 
 
+@pytest.mark.slow(smoke=False)
 def test_workers_end_when_their_driver_is_killed(folder):
     before = shared_memory()
     with subprocess.Popen([sys.executable, "-c", DRIVER, str(folder)], stdout=subprocess.PIPE, text=True) as driver:
