@@ -23,7 +23,7 @@ class ThreadWorkers:
         self.gate.set()
         self.most = 0
         self.calls = 0
-        self._in_flight = 0
+        self._in_flight = self._unanswered = 0
         self._changed = threading.Condition()
         self._draw = random.Random(0)
         self._pool = ThreadPoolExecutor(threads)
@@ -32,6 +32,7 @@ class ThreadWorkers:
         with self._changed:
             self.calls += 1
             self._in_flight += len(tiles)
+            self._unanswered += 1
             self.most = max(self.most, self._in_flight)
         self._pool.submit(self._run, tiles, done, self._draw.choice([0, 0, 0, 0.001, 0.003]))
 
@@ -43,15 +44,17 @@ class ThreadWorkers:
                 result = self.model.encode_tiles(tiles).flatten(0, 1)
         except Exception as error:
             result = VitrailError(f"a worker failed: {error}")
+        with self._changed:  # before the engine hears of it, which may send more at once
+            self._in_flight -= len(tiles)
         done(result)
         with self._changed:
-            self._in_flight -= len(tiles)
+            self._unanswered -= 1
             self._changed.notify_all()
 
     def settle(self):
         """Wait until everything has been answered."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._in_flight == 0, 30)
+            assert self._changed.wait_for(lambda: self._unanswered == 0, 30)
 
     def stats(self):
         return {"workers": 1, "alive": 1}
