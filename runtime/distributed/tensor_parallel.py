@@ -29,7 +29,7 @@ from ..models.decoder import config_of
 from ..models.internvl import InternVLModel
 from ..quantization.config import QuantizationConfig
 from ..weights import load_model
-from .worker import Channel, Worker, end, watch
+from .worker import Channel, Watch, Worker, end
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Ranks:
             if (call := died()) is not None:
                 call(worker)
 
-        self._watch = watch(self.workers, on_death)
+        self._watch = Watch(self.workers, on_death)
 
     def tell(self, *call: object) -> None:
         """Have the others make a call: a method of `_Rank` and what it is given."""
@@ -322,9 +322,6 @@ class TensorParallelRunner(Runner):
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         with self._together("copy_blocks", sources, targets):
             super().copy_blocks(sources, targets)
-
-    def close(self) -> None:
-        self.ranks.close()
 
     @contextmanager
     def _together(self, *call: object) -> Iterator[None]:

@@ -183,11 +183,6 @@ class Watch:
                         self._on_death(worker)
 
 
-def watch(workers: Sequence[Worker], on_death: Callable[[Worker], None]) -> Watch:
-    """Have a thread call `on_death(worker)` when one of `workers` ends unasked."""
-    return Watch(workers, on_death)
-
-
 def shared_bytes(num_bytes: int) -> tuple[int, mmap.mmap]:
     """Memory for this process and those that inherit its descriptor; it has no name, so that nothing can be left."""
     fd = os.memfd_create("vitrail", os.MFD_CLOEXEC)

@@ -292,9 +292,6 @@ class Runner:
         decoder = self.model.language_model
         return decoder.logits(decoder(decoder.embed(token_ids), positions, inv_freq, kv))
 
-    def close(self) -> None:
-        """Let go of what does not go by itself."""
-
 
 def _available_memory() -> int:
     try:

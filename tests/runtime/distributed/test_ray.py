@@ -31,6 +31,7 @@ from vitrail.runtime import Runtime
 from vitrail.runtime.server import ray_main
 
 from ..command_line import vitrail
+from .processes import alive
 
 pytest.importorskip("ray")
 import yaml  # Ray needs it
@@ -146,13 +147,6 @@ def folder_of(processes: dict[int, str]) -> Path:
     """Where Ray, of whose processes these are the titles, has its files."""
     [folder] = {found[0] for title in processes.values() if (found := re.search(r"/tmp/vitrail-\w+", title))}
     return Path(folder)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def processes_of(server: Server, deployment: str) -> list[int]:

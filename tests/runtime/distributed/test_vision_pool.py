@@ -33,6 +33,7 @@ from vitrail.runtime.weights import load_model, resolve_checkpoint
 from ...random_checkpoints import random_tiles
 from ..tiny_model import assert_idle, assert_same_answer, picture, write_tiny_model
 from ..vision_workers import split_runtime
+from .processes import alive
 
 names = (f"pool-{number}" for number in count())
 
@@ -44,11 +45,7 @@ def shared_memory():
 def is_gone(pid, seconds=10):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] == "Z":
-                    return True  # of a parent that is gone too
-        except OSError:
+        if not alive(pid):
             return True
         time.sleep(0.01)
     return False

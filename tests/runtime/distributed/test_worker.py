@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from vitrail.runtime.distributed.worker import Worker, end, shared_bytes, watch
+from vitrail.runtime.distributed.worker import Watch, Worker, end, shared_bytes
 from vitrail.runtime.errors import CheckpointError, VitrailError
 
 # By the name under which another process finds it.
@@ -79,7 +79,7 @@ def test_only_a_death_that_nobody_asked_for_is_reported(start):
     for worker in workers:
         worker.ready(30)
     dead = []
-    watched = watch(workers, dead.append)
+    watched = Watch(workers, dead.append)
     os.kill(workers[1].pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while not dead and time.monotonic() < deadline:
