@@ -6,10 +6,10 @@ It starts `vitrail serve nano`, whose cache of visual tokens is full within seco
 cache, and keeps 8 clients busy: up to three new pictures a request, answers of 1 to 64 tokens, one request in twenty
 with a broken picture (which must be refused), one in twenty by a client that leaves in the middle.
 
-Every ten seconds there is a row in `bench/results/<device>/soak.json`: the server's memory, how many requests were
-answered, refused, left and failed until then, and the median and 99th percentile of the seconds that answers took
-since the last row. What the memory grew by from the second quarter to the last stands in the notes, and the exit
-status is 1 if a request failed. Run it on a machine that does nothing else.
+Every ten seconds there is a row in `bench/results/<device>/soak.json`: the memory of the server and its engine, how
+many requests were answered, refused, left and failed until then, and the median and 99th percentile of the seconds that
+answers took since the last row. What the memory grew by from the second quarter to the last stands in the notes, and
+the exit status is 1 if a request failed. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -32,9 +32,12 @@ SAMPLE_S = 10.0
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process, as Linux tells it."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+    """Memory of a process and of those that it started, as Linux tells it."""
+    process = Path(f"/proc/{pid}")
+    status = (process / "status").read_text(encoding="ascii")
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+    started = (child for task in process.glob("task/*/children") for child in task.read_text("ascii").split())
+    return own + sum(resident_mib(int(child)) for child in started)
 
 
 async def soak(server: Server, pid: int, minutes: float, size: tuple[int, int]) -> list[dict[str, Any]]:

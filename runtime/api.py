@@ -22,7 +22,7 @@ from .config import InternVLConfig, VisionConfig, load_any_config
 from .contrastive import ContrastiveCalls
 from .distributed.halves import Halves, open_halves
 from .distributed.placement import place, visible_gpus
-from .engine.engine import Engine, request_usage
+from .engine.engine import Engine
 from .engine.processor import Conversation, Picture, Prepared, Processor
 from .engine.recorder import Recorder
 from .engine.replicas import Replicas
@@ -77,6 +77,7 @@ class Runtime(ContrastiveCalls):
     own has features, as the others do. Any other call raises `UnsupportedError`.
     Calls may come from several threads; requests in flight together share batches.
     halves: where the model is not all in this process, or there are several of it; `model` is the first one's part.
+    engine: what runs requests, if it was made elsewhere; of `model` the config counts then.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Runtime(ContrastiveCalls):
         revision: str | None = None,
         load_ms: float = 0.0,
         halves: Sequence[Halves] = (),
+        engine: Engine | None = None,
     ) -> None:
         super().__init__(model, tokenizer, name=name, limits=image_limits or ImageLimits(), load_ms=load_ms)
         self.media = media or MediaPolicy()
@@ -127,6 +129,9 @@ class Runtime(ContrastiveCalls):
             max_images=read_image_limit(limit_mm_per_prompt),
             max_model_len=self.max_model_len,
         )
+        if engine is not None:
+            self._chat = (processor, engine)
+            return
         limits: dict[str, Any] = {
             "max_num_seqs": at_least_one("max_num_seqs", max_num_seqs),
             "max_model_len": self.max_model_len,
@@ -648,7 +653,7 @@ def _output(request: Request) -> GenerationOutput:
         outputs=request.completions,
         prompt_token_ids=prepared.token_ids,
         num_tiles=prepared.num_tiles,
-        usage=request_usage(request),
+        usage=request.usage,
         metrics=request.metrics,
     )
 

@@ -7,7 +7,6 @@ which the next step reads.
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from time import perf_counter
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..errors import CapacityError, InvalidRequestError, VitrailError
 from ..layers.kv_cache import BLOCK_SIZE
 from ..layers.rotary import inverse_frequencies
-from ..request import FinishReason, GenerationConfig, StreamDelta, Usage
+from ..request import FinishReason, GenerationConfig, StreamDelta
 from ..sampler import Sampled, SamplingState, StopChecker, sample
 from ..structured import Grammars
 from ..tokenizer import Tokenizer
@@ -297,6 +296,11 @@ class Engine:
         return request_id in self._requests
 
     @property
+    def num_steps(self) -> int:
+        """Steps that were taken."""
+        return self.recorder.counts["steps"]
+
+    @property
     def reading(self) -> bool:
         """Whether images are being read."""
         return bool(self.preparation.loading)
@@ -402,6 +406,8 @@ class Engine:
     def _ready(self, request: Request) -> None:
         """Hand a request with its images to the scheduler."""
         for image, loaded in zip(request.images, request.loaded, strict=True):
+            request.image_decode_ms += loaded.decode_ms
+            request.tile_ms += loaded.tile_ms
             image.key = loaded.key
             image.kept = loaded.tokens is not None
             image.num_sent = image.num_encoded = image.num_tiles if image.kept else 0
@@ -609,7 +615,7 @@ class Engine:
                 self._publish(request, StreamDelta(sequence.text[-1], [], reason, sequence.index))
         self.scheduler.remove(request)
         self.preparation.drop(request)
-        request.loaded = [replace(image, tiles=None, tokens=None) for image in request.loaded]
+        request.loaded.clear()
         request.visual.clear()
         request.prepared.tiles.clear()
         request.prepared.pictures.clear()
@@ -698,15 +704,6 @@ def _wrapped(error: BaseException) -> VitrailError:
     ours = VitrailError(f"the request failed inside vitrail: {type(error).__name__}: {reason}")
     ours.__cause__ = error
     return ours
-
-
-def request_usage(request: Request) -> Usage:
-    """What a request cost."""
-    return replace(
-        request.prepared.usage,
-        completion_tokens=sum(len(sequence.token_ids) for sequence in request.sequences),
-        cached_tokens=request.num_cached_tokens,
-    )
 
 
 def _ratio(number: float, per: float) -> float:

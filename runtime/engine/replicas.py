@@ -94,6 +94,11 @@ class Replicas:
         return whole
 
     @property
+    def num_steps(self) -> int:
+        """Steps that were taken by all of them."""
+        return self.recorder.counts["steps"]
+
+    @property
     def reading(self) -> bool:
         """Whether images are being read."""
         return any(engine.reading for engine in self.engines)

@@ -21,7 +21,7 @@ class Turns:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._free = threading.Condition()
         self._taken = False
-        self._news: list[Callable[[], None]] = []
+        self._news: dict[Callable[[], None], None] = {}  # a set that keeps its order
         self._members: set[Hashable] = set()
         self._members_lock = threading.Lock()
         self._driver: threading.Thread | None = None
@@ -53,8 +53,8 @@ class Turns:
             pass
 
     def announce(self, notify: Callable[[], None]) -> None:
-        """Call `notify` when this turn is over. For who has the turn."""
-        self._news.append(notify)
+        """Call `notify`, once, when this turn is over. For who has the turn."""
+        self._news[notify] = None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Turns:
                 self._step()
 
     def _end(self) -> None:
-        news, self._news = self._news, []
+        news, self._news = self._news, {}
         with self._free:
             self._taken = False
             self._free.notify_all()

@@ -3,18 +3,17 @@
 from dataclasses import asdict
 from typing import Any
 
-from ..engine.engine import request_usage
 from ..engine.processor import Prepared
-from ..engine.sequence import Request
+from ..engine.sequence import RequestRecord
 from ..request import FinishReason, TokenLogprobs
 from ..tokenizer import Tokenizer
 
 _LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this for what cannot come
 
 
-def usage_of(requests: list[Request]) -> dict[str, Any]:
+def usage_of(requests: list[RequestRecord]) -> dict[str, Any]:
     """What requests cost together."""
-    usages = [request_usage(request) for request in requests]
+    usages = [request.usage for request in requests]
     prompt, completion = (sum(getattr(one, f"{kind}_tokens") for one in usages) for kind in ("prompt", "completion"))
     return {
         "prompt_tokens": prompt,
@@ -36,7 +35,7 @@ def images_of(prepared: Prepared) -> list[dict[str, Any]]:
     ]
 
 
-def extras_of(request: Request) -> dict[str, Any]:
+def extras_of(request: RequestRecord) -> dict[str, Any]:
     """What OpenAI's API has no place for."""
     metrics = {name: round(value, 3) for name, value in asdict(request.metrics).items()}
     return {"images": images_of(request.prepared), "metrics": metrics}

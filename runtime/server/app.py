@@ -1,5 +1,6 @@
 """The routes, and the application made of them."""
 
+import asyncio
 import base64
 import hashlib
 import logging
@@ -154,7 +155,7 @@ async def models(service: Service, _: Request) -> Response:
 
 async def prometheus(service: Service, _: Request) -> Response:
     """Prometheus metrics: requests, and every stage of the engine."""
-    return Response(service.metrics.expose(), media_type=CONTENT_TYPE)
+    return Response(await asyncio.to_thread(service.metrics.expose), media_type=CONTENT_TYPE)
 
 
 async def tokenize(service: Service, request: Request) -> Response:

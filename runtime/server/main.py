@@ -10,11 +10,11 @@ from typing import Protocol
 import uvicorn
 from starlette.types import ASGIApp
 
-from ..api import Runtime
 from ..config import load_any_config
 from ..errors import ConfigError, VitrailError
 from ..weights import resolve_checkpoint
 from .app import create_app
+from .engine_process import open_runtime
 from .logs import configure, log
 from .service import Service
 from .settings import Settings
@@ -59,14 +59,14 @@ def run(settings: Settings) -> int:
     # Before the socket is there: what is wrong with the checkpoint should not look like a server that starts.
     load_any_config(resolve_checkpoint(settings.model, settings.revision))
     listener = listen(settings)
-    app = create_app(lambda: Runtime.from_pretrained(settings.model, **settings.runtime_options()), settings)
+    app = create_app(lambda: open_runtime(settings), settings)
     if settings.otlp_endpoint is not None:
         from .tracing import instrument
 
         instrument(app, settings)
     service: Service = app.state.service
     serve(app, service, settings, listener)
-    if isinstance(service.failure, VitrailError):
+    if isinstance(service.failure, VitrailError) and not service.loaded:
         raise service.failure  # a checkpoint that cannot be loaded
     if service.dead or service.loading:
         logging.shutdown()

@@ -16,8 +16,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..api import Runtime
-from ..engine.sequence import Request
+from ..engine.sequence import RequestRecord
+from ..errors import VitrailError
 from ..models.internvl import InternVLModel
+from .engine_process import EngineProcess
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # What of a request's metrics is a stage, in the order it meets them; `time to first token` and the like stand apart.
@@ -54,6 +56,10 @@ class Metrics:
         """Tell what the engine of a chat model counts from now on."""
         if isinstance(runtime.model, InternVLModel):
             self.registry.register(_EngineCollector(runtime))
+            engine: object = runtime.engine
+            if isinstance(engine, EngineProcess):
+                pid = engine.worker.pid
+                ProcessCollector("vitrail_engine", lambda: pid, registry=self.registry)
 
     def count(self, *, calls: Callable[[], float], answers: Callable[[], float]) -> None:
         """Tell how much is in flight, by asking."""
@@ -63,7 +69,7 @@ class Metrics:
         ):
             Gauge(f"vitrail_server_{name}", text, registry=self.registry).set_function(ask)
 
-    def observe(self, requests: list[Request]) -> None:
+    def observe(self, requests: list[RequestRecord]) -> None:
         """Note requests that have ended."""
         for request in requests:
             if request.first_token is None:
@@ -95,7 +101,10 @@ class _EngineCollector(Collector):
         return ()  # or registering would ask the engine for them
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._runtime.stats()
+        try:
+            stats = self._runtime.stats()
+        except VitrailError:
+            return  # an engine that has ended counts nothing
         requests, cache = stats["requests"], stats["kv_cache"]
         states = {name: requests[name] for name in ("waiting", "preprocessing", "running")}
         ends = {name: requests[name] for name in ("finished", "aborted", "failed", "preempted")}

@@ -23,7 +23,7 @@ import torch
 
 from ..api import Runtime
 from ..engine.engine import Engine
-from ..engine.sequence import Request
+from ..engine.sequence import Request, RequestRecord
 from ..media import MediaPolicy
 from ..models.contrastive import ContrastiveModel
 from ..models.internvl import InternVLModel
@@ -61,7 +61,7 @@ class Flight:
     def __init__(self, service: "Service", request_id: str, *, rows: int = 1) -> None:
         self.id = request_id
         self.rows = rows
-        self.requests: list[Request] = []
+        self.requests: list[RequestRecord] = []
         self.streams = False  # whether every delta is news, or the end alone
         self.told = False  # whether there is news that the event loop has not heard of
         self.begun = False  # whether it has heard of any
@@ -112,14 +112,14 @@ class Flight:
             return {}
         requests = self.requests
         fields: dict[str, Any] = {
-            "prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),
+            "prompt_tokens": sum(len(request.prepared.token_ids) for request in requests),
             "tiles": sum(sum(request.prepared.num_tiles) for request in requests),
             "generated_tokens": sum(len(sequence.token_ids) for request in requests for sequence in request.sequences),
             "ttft_ms": round(max(request.metrics.ttft_ms for request in requests), 1),
         }
         if self._service.settings.log_content:
             decode = self._service.runtime.processor.tokenizer.decode
-            fields["prompts"] = [decode(request.prompt_token_ids) for request in requests]
+            fields["prompts"] = [decode(request.prepared.token_ids) for request in requests]
             fields["answers"] = [completion.text for request in requests for completion in request.completions]
         return fields
 
@@ -146,7 +146,7 @@ class Flight:
             await self.news.wait()
             self.news.clear()
 
-    async def wait(self) -> list[Request]:
+    async def wait(self) -> list[RequestRecord]:
         """The requests, complete. Raises as `deltas` does."""
         async for _ in self.deltas():
             pass
@@ -166,7 +166,8 @@ class Service:
         self.failure: BaseException | None = None
         self.flights: set[Flight] = set()
         self.on_end: Callable[[], None] = lambda: None  # called when the process should end
-        self.on_request: list[Callable[[str, list[Request]], None]] = []  # called with what a call asked of the engine
+        # Called with what a call asked of the engine.
+        self.on_request: list[Callable[[str, list[RequestRecord]], None]] = []
         # Headers are read here; decoding is for the engine's own threads.
         self._pool = ThreadPoolExecutor(min(8, 2 * (cpu_count() or 1)), thread_name_prefix="vitrail-requests")
         self._fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="vitrail-fetches")
@@ -227,7 +228,12 @@ class Service:
 
     @property
     def loading(self) -> bool:
-        return self._runtime is None and self.failure is None
+        return not self.loaded and self.failure is None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model was loaded, whatever has become of it."""
+        return self._runtime is not None
 
     @property
     def dead(self) -> bool:
@@ -276,7 +282,7 @@ class Service:
         """One look at the engine, and at the images that are being decoded."""
         now = perf_counter()
         flying = [flight for flight in self.flights if flight.requests and not flight.finished]
-        steps = runtime.engine.recorder.counts["steps"]
+        steps = runtime.engine.num_steps
         reading = runtime.engine.reading  # which has a deadline of its own
         if steps != self._steps or not flying or reading:
             self._steps, self._moved = steps, now
@@ -415,7 +421,7 @@ class Service:
         if flight.reason is not None:  # meanwhile, when there was nothing to abort yet
             self.abort([request])
 
-    def abort(self, requests: list[Request]) -> None:
+    def abort(self, requests: list[RequestRecord]) -> None:
         """End requests; the engine takes back what they hold after the step that runs."""
         if self._runtime is not None and self.chats:
             for request in requests:

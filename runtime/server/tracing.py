@@ -13,8 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..engine.engine import request_usage
-from ..engine.sequence import Request
+from ..engine.sequence import RequestRecord
 from ..errors import UnsupportedError
 from .service import Service
 from .settings import Settings
@@ -60,20 +59,20 @@ class _Traces:
         self.calls: dict[str, Span] = {}
         self._model = model
 
-    def tell(self, request_id: str, requests: list[Request]) -> None:
+    def tell(self, request_id: str, requests: list[RequestRecord]) -> None:
         """Write the spans of what a call asked of the engine."""
         call = self.calls.pop(request_id, None)
         if call is not None:
             for request in requests:
                 self._tell_one(call, request)
 
-    def _tell_one(self, call: Span, request: Request) -> None:
+    def _tell_one(self, call: Span, request: RequestRecord) -> None:
         epoch = time_ns() - perf_counter_ns()  # of the engine's clock
 
         def at(seconds: float) -> int:
             return epoch + int(seconds * 1e9)
 
-        metrics, usage = request.metrics, request_usage(request)
+        metrics, usage = request.metrics, request.usage
         end = request.finished
         assert end is not None
         first = end if request.first_token is None else request.first_token

@@ -22,6 +22,7 @@ from vitrail.runtime.errors import CheckpointError, VitrailError
 from vitrail.runtime.server import main
 
 from ..runtime.command_line import vitrail
+from ..runtime.distributed.processes import alive, children
 from .conftest import ask, data_url, wait_until
 
 LONG = {"max_tokens": 900, "ignore_eos": True}
@@ -321,6 +322,30 @@ def test_the_command_serves_logs_and_ends_on_sigterm():
     assert (entry["route"], entry["status"], entry["generated_tokens"]) == ("/v1/chat/completions", 200, 30)
     assert secret not in "".join(lines)
     assert {"ready", "draining"} <= {event["event"] for event in events}
+
+
+def test_a_server_ends_when_the_process_of_its_engine_is_killed_and_the_other_way_round():
+    for killed in ("engine", "server"):
+        process, url, lines, reader = start()
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(1) as other:
+                wait_until(lambda client=client: client.get("/ready").status_code == 200, "nano is loaded", 60)
+                [engine] = children(process.pid)
+                answer = other.submit(client.post, "/v1/chat/completions", json=ask(**LONG))
+                wait_until(lambda client=client: 'state="running"} 1.0' in client.get("/metrics").text, "it runs")
+                os.kill(engine if killed == "engine" else process.pid, signal.SIGKILL)
+                if killed == "engine":
+                    assert answer.result().status_code == 500
+                    assert process.wait(20) == 1
+                else:
+                    assert isinstance(answer.exception(), httpx.HTTPError)
+            wait_until(lambda engine=engine: not alive(engine), "nothing is left")
+        finally:
+            process.kill()
+            reader.join()
+        if killed == "engine":
+            [entry] = [event for line in lines if "processes have ended" in (event := json.loads(line))["event"]]
+            assert "SIGKILL" in entry["traceback"]
 
 
 def test_the_command_tells_what_it_cannot_do_in_one_line(monkeypatch):

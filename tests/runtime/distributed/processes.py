@@ -1,5 +1,6 @@
-"""What the tests ask of processes that are not their own children."""
+"""What the tests ask of processes."""
 
+import os
 from pathlib import Path
 
 
@@ -9,3 +10,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def children(pid: int | str = "self") -> set[int]:
+    """Processes of a process's own, whichever thread started them, that have not ended."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {pid for task in tasks for pid in map(int, (task / "children").read_text().split()) if alive(pid)}
+
+
+def open_files() -> int:
+    """How many files this process has open."""
+    return len(os.listdir("/proc/self/fd"))
