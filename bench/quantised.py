@@ -28,11 +28,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitrail.bench.harness import Timing, ceilings, compare, require_gpu, results_path, write_results
+from vitrail.bench.llama_peer import PACKAGES as LLAMA_PACKAGES
+from vitrail.bench.llama_peer import LlamaPeer
 from vitrail.bench.models import (
     INTERNVL2_5_1B,
     INTERNVL_CHAT_V1_5,
@@ -117,11 +118,9 @@ def cpu_contenders(
         if label == "fp32" and with_onnx:
             onnx = OnnxPeer(peer.model, tokens, folder)
             add("onnxruntime int8", onnx.prefill, onnx.decode)
-        if label == "fp32" and find_spec("llama_cpp") is not None and find_spec("gguf") is not None:
+        if label == "fp32" and all(map(find_spec, LLAMA_PACKAGES)):
             for kind in LLAMA_KINDS:
-                path = folder / f"{kind}.gguf"
-                write_gguf(model.language_model, path, kind)
-                llama = _Llama(path, tokens)
+                llama = LlamaPeer(model.language_model, kind, tokens, folder)
                 add(f"llama.cpp {kind}", llama.prefill, llama.decode)
     for name, layers, head in CPU_METHODS:
         model = random_model(config, torch.float32)
@@ -152,100 +151,6 @@ class _Peer:
     def _run(self, tokens: Tensor) -> Tensor:
         out = self.model.model.language_model(input_ids=tokens[None], past_key_values=self.cache, use_cache=True)
         return cast(Tensor, self.model.lm_head(out.last_hidden_state[:, -1]))
-
-
-class _Llama:
-    """llama.cpp through its Python binding."""
-
-    def __init__(self, path: Path, tokens: Tensor) -> None:
-        self.tokens: list[int] = tokens.tolist()
-        threads = torch.get_num_threads()
-        self.library: Any = import_module("llama_cpp")
-        self.model = self.library.Llama(
-            str(path),
-            n_ctx=len(self.tokens) + BLOCK_SIZE,
-            n_batch=len(self.tokens),
-            n_ubatch=len(self.tokens),
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
-
-    def prefill(self) -> Tensor:
-        self.model.n_tokens = 0  # what stands behind is thrown away by `eval`
-        self.model.eval(self.tokens)
-        return self._logits()
-
-    def decode(self) -> Tensor:
-        if self.model.n_tokens < len(self.tokens):
-            self.prefill()
-        self.model.n_tokens = len(self.tokens)
-        self.model.eval(self.tokens[:1])
-        return self._logits()
-
-    def _logits(self) -> Tensor:
-        row = self.library.llama_get_logits_ith(self.model.ctx, -1)
-        return torch.from_numpy(np.ctypeslib.as_array(row, (1, self.model.n_vocab())).copy())
-
-
-def write_gguf(decoder: Decoder, path: Path, kind: str) -> None:
-    """The decoder, of Qwen2's architecture, as a llama.cpp file without a vocabulary; matrices in `kind`."""
-    gguf: Any = import_module("gguf")
-    config = decoder.config
-    quantisation = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in llama_tensors(decoder).items():
-        values = tensor.float().numpy()
-        if tensor.dim() == 2:
-            writer.add_tensor(name, gguf.quants.quantize(values, quantisation), raw_dtype=quantisation)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def llama_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights by llama.cpp's names."""
-    config = decoder.config
-    rows = (config.num_attention_heads * config.head_dim, *[config.num_key_value_heads * config.head_dim] * 2)
-    tensors: dict[str, Tensor] = {
-        "token_embd.weight": decoder.embedding,
-        "output_norm.weight": decoder.norm.weight,
-        "output.weight": cast(Tensor, decoder.head.weight),
-    }
-    names = {
-        "attention_norm.weight": "attn_norm.weight",
-        "mlp_norm.weight": "ffn_norm.weight",
-        "attention.o.weight": "attn_output.weight",
-        "mlp.down.weight": "ffn_down.weight",
-    }
-    for index, layer in enumerate(decoder.layers):
-        for name, parameter in layer.named_parameters():
-            kind = name.rpartition(".")[2]
-            if name.startswith("attention.qkv"):
-                parts = {
-                    f"attn_{letter}.{kind}": part for letter, part in zip("qkv", parameter.split(rows), strict=True)
-                }
-            elif name.startswith("mlp.gate_up"):
-                parts = {
-                    f"ffn_{key}.{kind}": part for key, part in zip(("gate", "up"), parameter.chunk(2), strict=True)
-                }
-            else:
-                parts = {names[name]: parameter}
-            tensors |= {f"blk.{index}.{key}": part.detach() for key, part in parts.items()}
-    return tensors
 
 
 def cpu_rows(prefill: Mapping[str, Timing], decode: Mapping[str, Timing], context: int) -> list[dict[str, Any]]:
@@ -287,7 +192,7 @@ def check_alike(contenders: Mapping[str, Callable[[], Any]]) -> None:
 
 def missing_peers(*, with_onnx: bool) -> str:
     """What did not take part, as a sentence."""
-    peers = {"llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, "onnxruntime": {p: p for p in PACKAGES}}
+    peers = {"llama.cpp": LLAMA_PACKAGES, "onnxruntime": {p: p for p in PACKAGES}}
     absent = [
         f"{peer} ({' and '.join(packages.values())})"
         for peer, packages in peers.items()

@@ -14,9 +14,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises `InvalidRequestError` where it cannot be written, with the reason, or where `path` exists.
     """
-    partial = path.with_name(path.name + ".partial")
     if path.exists():
         raise InvalidRequestError(f"{path}: exists already")
+    partial = path.with_name(path.name + ".partial")
     if not path.parent.is_dir():
         raise InvalidRequestError(f"{path}: its folder does not exist")
     if partial.exists():

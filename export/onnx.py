@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,22 @@ def export_onnx(
     those that int8 activations are calibrated with, and is called only for these. Raises a `VitrailError` for what
     cannot be exported or written, and leaves nothing behind then.
     """
-    options = options or Options()
-    require("onnx", "onnxscript")
     target = Path(target).expanduser()
+    with new_folder(target) as partial:
+        manifest = write_onnx(source, partial, options or Options(), prompts)
+    return replace(manifest, folder=target)
+
+
+def write_onnx(
+    source: str | Path, target: Path, options: Options, prompts: Callable[[], Sequence[Prompt]] | None
+) -> Manifest:
+    """`export_onnx` into an empty folder that is there, and where an error leaves what was written before it."""
+    require("onnx", "onnxscript")
     folder = resolve_checkpoint(source)
     config = load_any_config(folder)
     names = chosen_parts(config, options.part, str(source))
     assert not isinstance(config, VisionConfig)
-    with new_folder(target) as partial:
-        manifest = _Run(str(source), folder, config, names, options, partial, prompts).run()
-    return Manifest(**{**manifest.__dict__, "folder": target})
+    return _Run(str(source), folder, config, names, options, target, prompts).run()
 
 
 class _Run:

@@ -59,9 +59,12 @@ def check_options(options: EngineOptions) -> TensorRT:
     return tensorrt
 
 
-def build_engine(manifest: Manifest, part: str, target: Path, options: EngineOptions) -> Engine:
+def build_engine(
+    manifest: Manifest, part: str, target: Path, options: EngineOptions, log_file: Path | None = None
+) -> Engine:
     """Build the engine of a part. target: its file, `<name>.engine`; JSON and log come beside it.
 
+    log_file: where the log is until the engine is whole, and stays if it never is; None for its place beside it.
     Raises `UnsupportedError` for what TensorRT refuses, naming the node and the module that made it, `ConfigError` for
     sizes beyond the part's limits and for a target that cannot be written.
     """
@@ -73,7 +76,7 @@ def build_engine(manifest: Manifest, part: str, target: Path, options: EngineOpt
     _make_room(target, sum((manifest.folder / name).stat().st_size for name in files if _exists(manifest, name)))
     manifest.check_files(*files)
     started = time.perf_counter()
-    with _writing(target) as partial, BuildLog(log_path(target)) as log:
+    with _writing(target) as partial, BuildLog(log_file or log_path(target)) as log:
         builder_logger = make_logger(tensorrt.api, log.write)
         builder = tensorrt.api.Builder(builder_logger)
         network = parse(tensorrt, builder, builder_logger, log, onnx)
@@ -103,6 +106,7 @@ def build_engine(manifest: Manifest, part: str, target: Path, options: EngineOpt
             seconds=round(time.perf_counter() - started, 1),
         )
         _publish(engine, partial)
+    os.replace(log.path, log_path(target))
     return engine
 
 

@@ -10,8 +10,9 @@ from ..runtime.backends.engine_file import SUFFIX, Engine
 from ..runtime.backends.manifest import MANIFEST, Manifest, read_manifest
 from ..runtime.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
 from .calibration import Prompt
-from .onnx import Options, export_onnx
-from .tensorrt import EngineOptions, build_engine, check_options, engine_targets
+from .folder import new_folder
+from .onnx import Options, write_onnx
+from .tensorrt import EngineOptions, build_engine, check_options, engine_targets, log_path
 from .tensorrt_profiles import profiles_of
 
 # --precision -> what a checkpoint is exported with. Quantised layers stand between activations in bf16.
@@ -35,7 +36,8 @@ def export_tensorrt(
 
     target: a folder, or one engine's file. A checkpoint's ONNX files come into the folder too, which must be new.
     part: as `--part`; None for all. prompts: to calibrate a checkpoint's int8 activations with.
-    Raises a `VitrailError` for what cannot be built or written.
+    Raises a `VitrailError` for what cannot be built or written. Of a checkpoint nothing is left behind then but the
+    log of the build that failed, beside the target.
     """
     target = target.expanduser()
     check_options(options)
@@ -44,19 +46,29 @@ def export_tensorrt(
         manifest = read_manifest(file)
         parts = _parts(manifest, file, part)
         return _build(manifest, parts, target, options)
-    if target.suffix == SUFFIX and part is None:
-        raise ConfigError(f"{target}: is one engine; say with --part of what, or name a folder")
-    with _onnx_folder(target) as folder:
-        manifest = export_onnx(source, folder, _onnx_options(part, options), prompts)
-        # Written as asked for a moment ago; of int4 the vision half is not.
-        return _build(manifest, _parts(manifest, folder, part), target, replace(options, precision=None))
+    onnx_options = _onnx_options(part, options)
+    options = replace(options, precision=None)  # ONNX files are written in it; of int4 the vision half is not
+    if target.suffix == SUFFIX:
+        if part is None:
+            raise ConfigError(f"{target}: is one engine; say with --part of what, or name a folder")
+        with _scratch(target) as folder:
+            manifest = write_onnx(source, folder, onnx_options, prompts)
+            return _build(manifest, _parts(manifest, folder, part), target, options)
+    with new_folder(target) as folder:
+        manifest = write_onnx(source, folder, onnx_options, prompts)
+        engines = _build(manifest, _parts(manifest, folder, part), folder, options, logs=target)
+    return [replace(engine, path=target / engine.path.name) for engine in engines]
 
 
-def _build(manifest: Manifest, parts: tuple[str, ...], target: Path, options: EngineOptions) -> list[Engine]:
+def _build(
+    manifest: Manifest, parts: tuple[str, ...], target: Path, options: EngineOptions, logs: Path | None = None
+) -> list[Engine]:
+    """logs: the path that logs stand beside while engines are built, for a target that an error removes."""
     targets = engine_targets(target, parts)
     for part in parts:  # every mistake is found before the first build, which takes minutes
         profiles_of(manifest.part(part), options.sizes)
-    return [build_engine(manifest, part, targets[part], options) for part in parts]
+    log_files = {part: logs and logs.with_name(f"{logs.name}.{log_path(targets[part]).name}") for part in parts}
+    return [build_engine(manifest, part, targets[part], options, log_files[part]) for part in parts]
 
 
 def _parts(manifest: Manifest, path: Path, asked: str | None) -> tuple[str, ...]:
@@ -84,14 +96,11 @@ def _onnx_options(part: str | None, options: EngineOptions) -> Options:
 
 
 @contextmanager
-def _onnx_folder(target: Path) -> Iterator[Path]:
-    """Where a checkpoint's ONNX files go: the folder of the engines; for a single engine one that does not stay."""
-    if target.suffix != SUFFIX:
-        yield target
-        return
+def _scratch(target: Path) -> Iterator[Path]:
+    """Where a checkpoint's ONNX files stand while a single engine is built."""
     try:
         folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
         raise InvalidRequestError(f"{target}: cannot be written ({error.strerror})") from None
     with folder:
-        yield Path(folder.name) / "onnx"
+        yield Path(folder.name)

@@ -28,13 +28,13 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: Path, num_shards: int, settings: Mapping[str, Any]) -> None:
+        if path.exists():
+            raise InvalidRequestError(f"{path}: exists already")
         self.path = path
         self.num_shards = num_shards
         self.partial = path.with_name(path.name + ".partial")
         self.done: list[dict[str, Any]] = []
         self._progress = self.partial / "progress"
-        if path.exists():
-            raise InvalidRequestError(f"{path}: exists already")
         if not path.parent.is_dir():
             raise InvalidRequestError(f"{path}: its folder does not exist")
         begun = self._progress / "settings.json"

@@ -20,7 +20,7 @@ FACES = {"vitrail", "vitrail.runtime"}  # their `__init__` offers names of every
 
 # A module may import from its own layer and from those above it in this table.
 LAYERS = (
-    ("runtime.config", "runtime.request", "runtime.errors"),
+    ("runtime.config", "runtime.config_forms", "runtime.model_config", "runtime.request", "runtime.errors"),
     ("kernels",),
     ("runtime.layers", "runtime.quantization"),
     ("runtime.models",),

@@ -7,6 +7,7 @@ import torch
 
 from vitrail.bench import quantised
 from vitrail.bench.harness import Timing
+from vitrail.bench.llama_peer import llama_tensors
 from vitrail.bench.models import INTERNVL2_5_1B, INTERNVL_CHAT_V1_5, language_only, random_model, vision_only
 from vitrail.bench.onnx_peer import PACKAGES, OnnxPeer
 from vitrail.kernels import dispatch
@@ -87,7 +88,7 @@ def test_one_more_token_sees_the_prompt_before_it(tiny) -> None:
 
 def test_llama_cpp_is_given_every_weight_once(tiny) -> None:
     decoder = random_model(tiny, torch.float32).language_model
-    tensors = quantised.llama_tensors(decoder)
+    tensors = llama_tensors(decoder)
     assert len(tensors) == 3 + 2 * 12
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in decoder.parameters())
     attention = decoder.layers[1].attention

@@ -60,9 +60,12 @@ def test_a_vision_encoder_on_its_own_is_refused(tmp_path: Path) -> None:
         export_onnx(tmp_path, tmp_path / "out", QUIET)
 
 
-def test_a_folder_that_exists_is_not_written_to(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="exists already"):
-        export_onnx("nano", tmp_path, QUIET)
+@pytest.mark.parametrize("target", [".", ""])
+def test_a_folder_that_exists_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, target):
+        with pytest.raises(InvalidRequestError, match="exists already"):
+            export_onnx("nano", folder, QUIET)
 
 
 def test_what_a_killed_export_left_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:

@@ -451,17 +451,50 @@ def test_a_checkpoint_in_int4_keeps_a_vision_half_that_is_not(monkeypatch: pytes
         asked.append((source, options.part, options.dtype, options.quantization))
         return write_tiny(folder, "bfloat16")
 
-    monkeypatch.setattr(tensorrt_export, "export_onnx", exported)
+    monkeypatch.setattr(tensorrt_export, "write_onnx", exported)
     options = EngineOptions(precision="int4", progress=False)
     (engine,) = export_tensorrt("nano", tmp_path / "out", None, options, no_prompts)
     assert asked == [("nano", None, "bfloat16", "int4")]
     assert engine.precision == "bf16"
+    assert read_engine(tmp_path / "out" / "vision.engine") == engine
+    assert {file.name for file in tmp_path.iterdir()} == {"out"}
+    names = {f"vision.engine{end}" for end in ("", ".json", ".log")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"vision.onnx", "vision.data", MANIFEST, *names}
+    read_manifest(tmp_path / "out").check_files()
+
+
+@pytest.mark.parametrize(("target", "log"), [("out", "out.vision.engine.log"), ("a.engine", "a.engine.log")])
+def test_a_checkpoint_whose_engine_cannot_be_built_leaves_nothing_but_the_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, log: str
+) -> None:
+    def refused(tensorrt: Any, builder: Any, network: Any, config: Any, file: Path, log: tensorrt_log.BuildLog) -> None:
+        log.write("ERROR", "no tactic")
+        raise UnsupportedError(f"built no engine (log: {log.path})")
+
+    monkeypatch.setattr(tensorrt_export, "write_onnx", lambda source, folder, *_: write_tiny(folder, "bfloat16"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt, "_serialise", refused)
+        with pytest.raises(UnsupportedError) as error:
+            export_tensorrt("nano", tmp_path / target, "vision", QUIET, no_prompts)
+    assert str(tmp_path / log) in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == [log]
+    assert "ERROR: no tactic" in (tmp_path / log).read_text(encoding="utf-8")
+    (engine,) = export_tensorrt("nano", tmp_path / target, "vision", QUIET, no_prompts)  # nothing is in the way
+    assert log_path(engine.path).is_file()
+    assert not (tmp_path / "out.vision.engine.log").exists()
+
+
+def test_a_checkpoint_is_not_exported_into_a_folder_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InvalidRequestError, match="exists already"):
+        export_tensorrt("nano", tmp_path / "out", None, QUIET, no_prompts)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_onnx_files_of_a_checkpoint_do_not_stay_beside_a_single_engine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tensorrt_export, "export_onnx", lambda source, folder, *_: write_tiny(folder, "bfloat16"))
+    monkeypatch.setattr(tensorrt_export, "write_onnx", lambda source, folder, *_: write_tiny(folder, "bfloat16"))
     (engine,) = export_tensorrt("nano", tmp_path / "a.engine", "vision", QUIET, no_prompts)
     assert engine.precision == "bf16"
     assert {file.name for file in tmp_path.iterdir()} == {f"a.engine{end}" for end in ("", ".json", ".log")}

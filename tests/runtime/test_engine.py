@@ -21,6 +21,7 @@ from vitrail.runtime.models.decoder import Decoder
 from vitrail.runtime.models.internvl import InternVLModel
 from vitrail.runtime.request import GenerationConfig
 
+from .random_requests import finish
 from .tiny_model import NEAR_TIE, assert_idle, assert_same_answer, check_integrity, picture, write_tiny_model
 
 ROWS = 4
@@ -101,11 +102,6 @@ def forget(rt):
     rt.engine.vision_cache.clear()
     for block in list(rt.engine.blocks._idle):
         rt.engine.blocks._evict(block)
-
-
-def finish(rt, *requests):
-    for request in requests:
-        list(rt.engine.stream(request))
 
 
 def assert_as_alone(alone, which, request):

@@ -15,6 +15,7 @@ from vitrail.runtime.engine.runner import Runner
 from vitrail.runtime.errors import VitrailError
 from vitrail.runtime.models.internvl import InternVLModel
 
+from .random_requests import finish
 from .tiny_model import assert_idle, assert_same_answer, check_integrity, picture, write_tiny_model
 from .vision_workers import ThreadWorkers, split_runtime
 
@@ -90,11 +91,6 @@ def ask(rt, which, **keywords):
     question, images = ASKED[which]
     conversation = rt._conversation(question, list(images), None, None, None)
     return rt._submit(conversation, GenerationConfig(**{"max_new_tokens": 8, **keywords}), next(names), ahead=False)
-
-
-def finish(rt, *requests):
-    for request in requests:
-        list(rt.engine.stream(request))
 
 
 def assert_as_alone(alone, which, request, **keywords):

@@ -465,6 +465,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(
     (broken / "1.png").write_bytes(b"no image")
     for error, complaint, arguments in (
         (InvalidRequestError, "exists already", (source, tmp_path / "exists", INT8, options)),
+        (InvalidRequestError, "exists already", (source, Path("."), INT8, options)),
         (InvalidRequestError, "folder does not exist", (source, tmp_path / "no" / "q", INT8, options)),
         (InvalidRequestError, "nothing to quantise", (source, tmp_path / "q", QuantizationConfig(), options)),
         (InvalidRequestError, "not calibrated", (source, tmp_path / "q", QuantizationConfig("nf4"), options)),

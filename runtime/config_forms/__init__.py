@@ -1,0 +1,1 @@
+"""`config.json` in each form that checkpoints have it, one file a form."""
