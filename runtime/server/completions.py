@@ -28,11 +28,10 @@ def _submit(service: Service, flight: Flight, body: CompletionBody, config: Gene
         prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         for prompt in prompts:
             runtime.check_tokens(prompt)
-        requests = [runtime.submit_tokens(prompt, config) for prompt in prompts]
+        for prompt in prompts:  # each is the flight's at once, which ends it if one after it is refused
+            service.launch(flight, runtime.submit_tokens(prompt, config))
     except Exception as error:
         raise as_api_error(error, param="prompt") from error
-    for request in requests:
-        service.launch(flight, request)
 
 
 class _Answer:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vitrail.runtime import GenerationConfig
+from vitrail.runtime.errors import CapacityError
 from vitrail.runtime.server import schemas
 
 
@@ -97,3 +98,19 @@ def test_what_cannot_be_gone_on_with_is_refused(server, fields):
     assert response.status_code == 400
     assert response.json()["error"]["param"]
     server.assert_nothing_is_held()
+
+
+def test_where_one_prompt_is_refused_late_the_others_end_as_well(make_server, monkeypatch):
+    server = make_server()
+    original = server.engine.submit
+
+    def submit(request_id, prepared, *arguments):
+        if prepared.token_ids == [7]:
+            raise CapacityError("no room for keys and values")
+        return original(request_id, prepared, *arguments)
+
+    monkeypatch.setattr(server.engine, "submit", submit)
+    response = complete(server, prompt=[[5, 6], [7]], max_tokens=900, ignore_eos=True)
+    assert response.status_code == 400
+    server.assert_nothing_is_held()
+    assert server.engine.recorder.counts["requests aborted"] == 1
