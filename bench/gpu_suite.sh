@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in sections of less than eight minutes that each run alone:
 #
-#     bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|quantised|engine ...]
+#     bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|quantised|engine|split ...]
 #
 # JSON and logs go to the folder OUT, a short table comes last. PYTHON names the interpreter, by default the checkout's
 # own environment or else python3; vitrail need not be installed.
 set -uo pipefail
 
-usage="usage: bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|quantised|engine ...]"
+usage="usage: bench/gpu_suite.sh OUT [tests|kernels|vision|table_g|decode|quantised|engine|split ...]"
 out=$(realpath -m "${1:?$usage}")
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -30,7 +30,8 @@ run_section() {
         tests)
             # Kernels compile on all cores; an image's older pytest will do.
             timeout 480 "$PYTHON" -m pytest -o minversion=7 -m gpu -q -p no:cacheprovider --numprocesses=8 --dist=worksteal \
-                tests/kernels tests/runtime/test_graphs.py tests/bench/test_harness.py ;;
+                tests/kernels tests/runtime/test_graphs.py tests/runtime/test_upload.py \
+                tests/bench/test_harness.py ;;
         kernels) timeout 480 "$PYTHON" bench/kernels.py --out "$out" ;;
         vision) timeout 480 "$PYTHON" bench/vision.py --out "$out" ;;
         table_g) timeout 480 "$PYTHON" bench/table_g.py --out "$out" ;;
@@ -39,15 +40,16 @@ run_section() {
         engine)
             timeout 180 "$PYTHON" bench/latency.py --device cuda --models v1.5 --dtypes bfloat16 --out "$out"
             timeout 300 "$PYTHON" bench/throughput.py --device cuda --models v1.5 --out "$out" ;;
+        split) timeout 480 "$PYTHON" bench/split.py --device cuda --out "$out" ;;
     esac
 }
 
 failed=0
 sections=("$@")
-if [ $# -eq 0 ]; then sections=(tests kernels vision table_g decode quantised engine); fi
+if [ $# -eq 0 ]; then sections=(tests kernels vision table_g decode quantised engine split); fi
 for section in "${sections[@]}"; do
     case $section in
-        tests | kernels | vision | table_g | decode | quantised | engine) ;;
+        tests | kernels | vision | table_g | decode | quantised | engine | split) ;;
         *) echo "gpu_suite.sh: no section $section; $usage" >&2; exit 2 ;;
     esac
 done

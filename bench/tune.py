@@ -109,7 +109,7 @@ def _gemm_shapes(projections: Sequence[tuple[int, int]], rows: Sequence[int]) ->
 
 TILES = [tiles * TILE_TOKENS for tiles in TILE_COUNTS]
 # InternLM2-20B and -7B, Qwen2-0.5B.
-PAGED_SHAPES = [{"head_dim": d, "group": group, "itemsize": 2} for d, group in ((128, 6), (128, 4), (64, 7))]
+PAGED_SHAPES = [{"head_dim": d, "group": group} for d, group in ((128, 6), (128, 4), (64, 7))]
 # Projections of quantised models: InternViT-6B and -300M, InternLM2-20B and -7B, Qwen2-0.5B.
 SCALED_SHAPES: Mapping[Epilogue, Sequence[tuple[int, int]]] = {
     "none": (

@@ -177,8 +177,11 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         compiled = compile_launch(Launch(kernel, **values), request["arch"])
     except Exception as error:  # whatever a compiler raises for a kernel it does not like
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # one for each function on the way, without a message of its own
+            cause = cause.__cause__
         # Triton shows the source above its message.
-        reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        reason = "".join(traceback.format_exception_only(cause)).strip().splitlines()[-1]
         return {"faults": [f"it does not compile: {reason}"]}
     assert compiled.resources is not None
     return {name: value for name, value in vars(compiled).items() if name not in ("launch", "arch")} | {
@@ -212,7 +215,8 @@ def compile_launch(launch: Launch, arch: Arch) -> Compiled:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    binary = triton.compile(_source(launch), target=target, options=compiler_options(launch))
+    options = compiler_options(num_warps=launch.num_warps, num_stages=launch.num_stages, launch_pdl=launch.launch_pdl)
+    binary = triton.compile(_source(launch), target=target, options=options)
     metadata = binary.metadata
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", binary.asm["ptx"], re.DOTALL)
     assert entry is not None

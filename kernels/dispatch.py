@@ -95,12 +95,15 @@ def cpu_extension(*tensors: Tensor) -> CpuExtension | None:
 
     Only in inference mode: whoever trains, exports or asks for the reference gets plain torch.
     """
-    first = tensors[0]
     if extension is None or _simulation is not None or not torch.is_inference_mode_enabled():
         return None
-    if first.is_cuda or first.dtype not in (torch.float32, torch.bfloat16):
+    dtype = tensors[0].dtype
+    if tensors[0].is_cuda or dtype not in (torch.float32, torch.bfloat16):
         return None
-    return extension if all(tensor.dtype == first.dtype for tensor in tensors) else None
+    for tensor in tensors:  # a decode step asks dozens of times: `all` and a generator take twice as long
+        if tensor.dtype != dtype:
+            return None
+    return extension
 
 
 def cuda_target(device: torch.device) -> Target | None:

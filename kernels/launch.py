@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .language import Kernel, triton
+from .pack import find, packs
 from .signature import Argument, Launch, compiler_options
 
 
@@ -25,27 +26,26 @@ def launch(
     """
     if 0 in grid:
         return
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
     simulated = dispatch.simulation()
-    if simulated is not None and simulated.launches is None:
-        kernel.triton[grid](*args, **constants)
-        return
-    wanted = Launch.of(kernel, args, constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=launch_pdl)
     if simulated is not None:
-        assert simulated.launches is not None
-        simulated.launches.append(wanted)
+        if simulated.launches is None:
+            kernel.triton[grid](*args, **constants)
+        else:
+            simulated.launches.append(Launch.of(kernel, args, constants, **options))
         return
     device = next(value.device for value in args if isinstance(value, Tensor))
-    from .pack import find  # cuda-python is needed only where a pack is
-
-    binary = find(device, wanted)
-    if binary is not None:
-        binary.launch(grid, args)
-        return
-    if kernel.triton is None:
-        raise RuntimeError(f"the kernel pack has no {wanted.key}, and Triton is not installed")
+    if packs() or kernel.triton is None:  # to describe a launch takes the host longer than all the rest here
+        wanted = Launch.of(kernel, args, constants, **options)
+        binary = find(device, wanted)
+        if binary is not None:
+            binary.launch(grid, args)
+            return
+        if kernel.triton is None:
+            raise RuntimeError(f"the kernel pack has no {wanted.key}, and Triton is not installed")
     with torch.cuda.device(device):
         triton.set_allocator(_scratch)  # in a context variable: every thread begins without
-        kernel.triton[grid](*args, **constants, **compiler_options(wanted))
+        kernel.triton[grid](*args, **constants, **compiler_options(**options))
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

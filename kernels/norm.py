@@ -178,12 +178,13 @@ def _on_cpu(
     total: Tensor | None = None,
 ) -> Tensor:
     hidden = x.shape[-1]
-    rows = x.reshape(-1, hidden)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = x if x.dim() == 2 else x.reshape(-1, hidden)
+    row_stride, step = rows.stride()
+    if step != 1:
+        rows, row_stride = rows.contiguous(), hidden
     out = torch.empty(x.shape, dtype=x.dtype)
     extension.rms_norm(
-        *(x.dtype == torch.bfloat16, len(rows), hidden, rows.stride(0), rows.data_ptr()),
+        *(x.dtype == torch.bfloat16, rows.shape[0], hidden, row_stride, rows.data_ptr()),
         *(address(branch), address(scale), weight.data_ptr(), address(total), out.data_ptr()),
         *(eps, torch.get_num_threads(), ""),
     )

@@ -109,21 +109,18 @@ def _keys_and_values(
 
 @jit
 def _scales(
-    k_scales_ptr, v_scales_ptr,  # the first slot of one head; None where keys and values are no codes
+    k_scales_ptr, v_scales_ptr,  # the first slot of one head
     pages, start, context, kv_heads, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scales of the keys and of the values of the block at `start`, 0 from `context` on."""
-    if k_scales_ptr is None:
-        return None, None
+    tokens = tl.arange(0, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        slots = pages.to(tl.int64) * PAGE + start % PAGE + tokens
     else:
-        tokens = tl.arange(0, BLOCK_N)
-        if PAGE % BLOCK_N == 0:
-            slots = pages.to(tl.int64) * PAGE + start % PAGE + tokens
-        else:
-            slots = pages.to(tl.int64) * PAGE + tokens % PAGE
-        there = start + tokens < context
-        k_scales = tl.load(k_scales_ptr + slots * kv_heads, mask=there, other=0.0)
-        return k_scales, tl.load(v_scales_ptr + slots * kv_heads, mask=there, other=0.0)
+        slots = pages.to(tl.int64) * PAGE + tokens % PAGE
+    there = start + tokens < context
+    k_scales = tl.load(k_scales_ptr + slots * kv_heads, mask=there, other=0.0)
+    return k_scales, tl.load(v_scales_ptr + slots * kv_heads, mask=there, other=0.0)
 
 
 @jit
@@ -187,7 +184,9 @@ def _paged_prefill_kernel(
             pages, start, context, kv_heads * HEAD_DIM,
             HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
         )  # fmt: skip
-        k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
+        k_scales, v_scales = None, None
+        if k_scales_ptr is not None:
+            k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
         pages = _pages(block_tables_ptr, start + BLOCK_N, context, PAGE, BLOCK_N)
         acc, total, peak = _see(q, k, v, k_scales, v_scales, None, scale, acc, total, peak)
     for start in tl.range(common, end, BLOCK_N):
@@ -196,7 +195,9 @@ def _paged_prefill_kernel(
             pages, start, context, kv_heads * HEAD_DIM,
             HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
         )  # fmt: skip
-        k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
+        k_scales, v_scales = None, None
+        if k_scales_ptr is not None:
+            k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
         pages = _pages(block_tables_ptr, start + BLOCK_N, context, PAGE, BLOCK_N)
         visible = (start + tl.arange(0, BLOCK_N))[None, :] <= last_key[:, None]
         acc, total, peak = _see(q, k, v, k_scales, v_scales, visible, scale, acc, total, peak)
@@ -254,7 +255,9 @@ def _paged_decode_kernel(
             pages, start, context, kv_heads * HEAD_DIM,
             HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
         )  # fmt: skip
-        k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
+        k_scales, v_scales = None, None
+        if k_scales_ptr is not None:
+            k_scales, v_scales = _scales(k_scales_ptr, v_scales_ptr, pages, start, context, kv_heads, PAGE, BLOCK_N)
         pages = _pages(block_tables_ptr, start + BLOCK_N, context, PAGE, BLOCK_N)
         visible = (start + tl.arange(0, BLOCK_N) < context)[None, :]
         acc, total, peak = _see(q, k, v, k_scales, v_scales, visible, scale, acc, total, peak)

@@ -61,11 +61,8 @@ CONFIGS: Mapping[Arch, tuple[Choice, ...]] = {
 
 @jit
 def _row_scales(x_scales_ptr, rows, m):
-    """Scales of the rows of a tile, as a column; None without."""
-    if x_scales_ptr is None:
-        return None
-    else:
-        return tl.load(x_scales_ptr + rows, mask=rows < m, other=0.0)[:, None]
+    """Scales of the rows of a tile, as a column."""
+    return tl.load(x_scales_ptr + rows, mask=rows < m, other=0.0)[:, None]
 
 
 @jit
@@ -133,7 +130,9 @@ def _scaled_persistent_kernel(
 
         finished += programs
         row, column = tile_origin(finished, m, n, BLOCK_M, width, GROUP_M)
-        x_scales = _row_scales(x_scales_ptr, row + tl.arange(0, BLOCK_M), m)
+        x_scales = None
+        if x_scales_ptr is not None:
+            x_scales = _row_scales(x_scales_ptr, row + tl.arange(0, BLOCK_M), m)
         left, right = halves(acc)
         columns = column + tl.arange(0, half)
         if EPILOGUE == "swiglu":
@@ -185,7 +184,9 @@ def _scaled_pipelined_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    x_scales = _row_scales(x_scales_ptr, rows, m)
+    x_scales = None
+    if x_scales_ptr is not None:
+        x_scales = _row_scales(x_scales_ptr, rows, m)
     left, right = halves(acc)
     columns = column + tl.arange(0, half)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]

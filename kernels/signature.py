@@ -89,10 +89,10 @@ def _describe(value: Argument, specialize: bool) -> str:
     return kind + (":16" if specialize and value % ALIGNMENT == 0 else "")
 
 
-def compiler_options(launch: Launch) -> dict[str, Any]:
+def compiler_options(*, num_warps: int, num_stages: int, launch_pdl: bool) -> dict[str, Any]:
     """The options that Triton compiles a launch with, ahead of time and just in time."""
     # Fused multiply-add is Triton's default of today and not of tomorrow; numerics must not depend on it.
-    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    if launch.launch_pdl:
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if launch_pdl:
         options["launch_pdl"] = True
     return options

@@ -39,9 +39,8 @@ class Costs(Protocol):
         """What such rows add to a pass that `prompt` tokens have anyway."""
         ...
 
-    @property
-    def wake_ms(self) -> float:
-        """What a step that follows a wait takes more."""
+    def wake_ms(self, tiles: float) -> float:
+        """What a step with so many tiles takes more where it follows a wait."""
         ...
 
 
@@ -61,10 +60,6 @@ class Roofline:
     gpu: Gpu
     quantization: QuantizationConfig
     few_rows: float = MAX_ROWS
-
-    @property
-    def wake_ms(self) -> float:
-        return 0.0
 
     def __post_init__(self) -> None:
         for numbers in (self._vision_numbers, self._language_numbers):
@@ -140,6 +135,9 @@ class Roofline:
     def beside_ms(self, rows: float, tokens: float, prompt: float) -> float:
         return self._products_ms(rows) + self._kv_ms(tokens)
 
+    def wake_ms(self, tiles: float) -> float:
+        return 0.0
+
 
 def _numbers(method: str | None) -> str:
     """The type of numbers that a method multiplies."""
@@ -154,9 +152,10 @@ class Curve:
     ms: tuple[float, ...]
 
     def __call__(self, count: float) -> float:
-        if count <= self.counts[0] or len(self.counts) == 1:
-            # Half a batch of one takes as long as one; more than the only count measured takes its share more.
-            return self.ms[0] * max(1.0, count / self.counts[0])
+        if count <= self.counts[0]:
+            return self.ms[0]  # half a batch of one takes as long as one
+        if len(self.counts) == 1:
+            return self.ms[0] * count / self.counts[0]
         right = min(bisect_left(self.counts, count), len(self.counts) - 1)
         (x0, x1), (y0, y1) = self.counts[right - 1 : right + 1], self.ms[right - 1 : right + 1]
         return y0 + (y1 - y0) * (count - x0) / (x1 - x0)
@@ -168,7 +167,8 @@ class Measured:
 
     decode, beside (by prompt tokens in the pass): at `context` tokens a row; what more tokens add is `kv_ms` for each.
     prefill: of one prompt without its attention, which is `pair_ms` for each pair; every further prompt in the pass
-    adds `prompt_ms`. wake_ms: caches and clock speed that a wait costs.
+    adds `prompt_ms`. wake: what caches that a wait has emptied cost, by tiles, since they are the vision half's too;
+    beyond the last count that was measured there is nothing left to lose.
     """
 
     vision: Curve
@@ -179,7 +179,7 @@ class Measured:
     kv_ms: float
     pair_ms: float
     prompt_ms: float
-    wake_ms: float
+    wake: Curve
 
     def vision_ms(self, tiles: float) -> float:
         return self.vision(tiles)
@@ -196,8 +196,11 @@ class Measured:
         by_prompt = Curve(tuple(self.beside), tuple(curve(rows) for curve in self.beside.values()))
         return by_prompt(prompt) + (tokens - rows * self.context) * self.kv_ms
 
+    def wake_ms(self, tiles: float) -> float:
+        return self.wake(min(tiles, self.wake.counts[-1]))
 
-STAGES = {"vision": "tiles", "prefill": "tokens", "decode": "rows"}
+
+STAGES = {"vision": "tiles", "prefill": "tokens", "decode": "rows", "wake": "tiles"}
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], count: str) -> Curve:
@@ -212,41 +215,43 @@ def _without_attention(row: Mapping[str, Any], *, pair: float, prompt: float, **
     return max(0.0, float(row["ms"]) - pairs * pair - (prompts - 1) * prompt)
 
 
+def measured_of(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """The rows of a table of costs. Raises `ConfigError` for a stage that it lacks."""
+    stages: dict[str, list[Mapping[str, Any]]] = {stage: [] for stage in (*STAGES, "beside")}
+    single: dict[str, float] = {}
+    for row in rows:
+        if row["stage"] in stages:
+            stages[row["stage"]].append(row)
+        else:
+            single[row["stage"]] = float(row["ms"])
+    for stage, found in stages.items():
+        if not found:
+            raise ConfigError(f"no row of the stage {stage}")
+    beside = stages.pop("beside")
+    prompts = sorted({float(row["tokens"]) for row in beside})
+    stages["prefill"] = [{**row, "ms": _without_attention(row, **single)} for row in stages["prefill"]]
+    return Measured(
+        **{stage: _curve(found, STAGES[stage]) for stage, found in stages.items()},
+        beside={prompt: _curve([row for row in beside if row["tokens"] == prompt], "rows") for prompt in prompts},
+        context=float(stages["decode"][0]["context"]),
+        kv_ms=single["kv"],
+        pair_ms=single["pair"],
+        prompt_ms=single["prompt"],
+    )
+
+
 def read_measured(path: Path, model: str, quantization: QuantizationConfig) -> Measured | None:
     """The rows of a results file for a model and its methods; None if there are none. Raises `ConfigError`."""
     try:
         rows: Sequence[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
         wanted = (model.rstrip("/").rpartition("/")[2], quantization.llm, quantization.vision)
         found = [row for row in rows if (row["model"], row["quantization"], row["vision_quantization"]) == wanted]
-        if not found:
-            return None
-        curves = {}
-        for stage, count in STAGES.items():
-            curves[stage] = _curve([row for row in found if row["stage"] == stage], count)
-            if not curves[stage].counts:
-                raise ConfigError(f"{path}: no row of the stage {stage} for {model}")
-        rows_beside = [row for row in found if row["stage"] == "beside"]
-        prompts = sorted({float(row["tokens"]) for row in rows_beside})
-        beside = {prompt: _curve([row for row in rows_beside if row["tokens"] == prompt], "rows") for prompt in prompts}
-        if not beside:
-            raise ConfigError(f"{path}: no row of the stage beside for {model}")
-        single = {"prompt": 0.0, "wake": 0.0}  # which older tables have not
-        single |= {row["stage"]: float(row["ms"]) for row in found if row["stage"] in ("kv", "pair", *single)}
-        whole = [row for row in found if row["stage"] == "prefill"]
-        curves["prefill"] = _curve([{**row, "ms": _without_attention(row, **single)} for row in whole], "tokens")
-        context = next(float(row["context"]) for row in found if row["stage"] == "decode")
-        return Measured(
-            **curves,
-            beside=beside,
-            context=context,
-            kv_ms=single["kv"],
-            pair_ms=single["pair"],
-            prompt_ms=single["prompt"],
-            wake_ms=single["wake"],
-        )
+        return measured_of(found) if found else None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error} for {model}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a table of costs ({type(error).__name__}: {error})") from None
 
 
@@ -258,10 +263,6 @@ class TensorParallel:
     sizes: ModelSizes
     gpu: Gpu
     size: int
-
-    @property
-    def wake_ms(self) -> float:
-        return self.costs.wake_ms
 
     def _reduce_ms(self, tokens: float) -> float:
         """Two all-reduces a layer, of a row a token."""
@@ -281,3 +282,6 @@ class TensorParallel:
 
     def beside_ms(self, rows: float, tokens: float, prompt: float) -> float:
         return self.costs.beside_ms(rows, tokens, prompt) / self.size
+
+    def wake_ms(self, tiles: float) -> float:
+        return self.costs.wake_ms(ceil(tiles / self.size))

@@ -17,7 +17,8 @@ from ..models.internvl import InternVLModel
 from ..quantization.config import QuantizationConfig
 from ..weights import Model, load_model
 from .placement import Placement
-from .tensor_parallel import Ranks, TensorParallelRunner
+from .ranks import Ranks
+from .tensor_parallel import TensorParallelRunner
 from .vision_pool import VisionPool
 
 

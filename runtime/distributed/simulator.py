@@ -43,8 +43,8 @@ class Group:
     preempted: int = 0
     steps: bool = False  # whether one is under way
 
-    def step_ms(self, batch: Batch[Arrival]) -> float:
-        """How long a step takes."""
+    def step_ms(self, batch: Batch[Arrival], *, rested: bool = False) -> float:
+        """How long a step takes, after a wait or not."""
         prompt = pairs = prompts = rows = context = 0.0
         for chunk in batch.chunks:
             if chunk.decodes:
@@ -54,12 +54,13 @@ class Group:
                 prompts += 1
                 prompt += chunk.end - chunk.start
                 pairs += causal_pairs(chunk.end - chunk.start, chunk.end)
-        own = batch.tiles and self.scheduler.tiles_in_flight is None
-        vision = self.costs.vision_ms(batch.num_tiles) if own else 0.0
+        tiles = batch.num_tiles if self.scheduler.tiles_in_flight is None else 0
+        ms = self.costs.wake_ms(tiles) if rested else 0.0
+        if tiles:
+            ms += self.costs.vision_ms(tiles)
         if prompt:
-            ms = self.costs.prefill_ms(prompt, pairs, prompts)
-            return vision + ms + self.costs.beside_ms(rows, context, prompt)
-        return vision + (self.costs.decode_ms(rows, context) if rows else 0.0)
+            return ms + self.costs.prefill_ms(prompt, pairs, prompts) + self.costs.beside_ms(rows, context, prompt)
+        return ms + (self.costs.decode_ms(rows, context) if rows else 0.0)
 
     def finish_step(self, batch: Batch[Arrival], now: float) -> None:
         """Take what a step has made."""
@@ -188,9 +189,9 @@ class Deployment:
         """Have a group that waits take a step, once whatever happens at the same moment has happened."""
         if not group.steps:
             group.steps = True
-            self._at(now, partial(self._step, group, group.costs.wake_ms))
+            self._at(now, partial(self._step, group, rested=True))
 
-    def _step(self, group: Group, more_ms: float, now: float) -> None:
+    def _step(self, group: Group, now: float, *, rested: bool) -> None:
         batch = group.scheduler.schedule()
         group.preempted += len(batch.preempted)
         if self._encoder_costs is not None:
@@ -198,7 +199,7 @@ class Deployment:
             self._encode(self._encoder_costs, now)
         group.steps = bool(batch.chunks or (batch.tiles and self._encoder_costs is None))
         if group.steps:
-            length = group.step_ms(batch) + more_ms
+            length = group.step_ms(batch, rested=rested)
             group.busy_ms += length
             self._at(now + length, partial(self._stepped, group, batch))
 
@@ -219,7 +220,7 @@ class Deployment:
 
     def _stepped(self, group: Group, batch: Batch[Arrival], now: float) -> None:
         group.finish_step(batch, now)
-        self._step(group, 0.0, now)
+        self._step(group, now, rested=False)
 
 
 def groups_of(planner: Planner, prediction: Prediction) -> list[Group]:

@@ -2,14 +2,14 @@
 
 Pixels lie in memory that a worker shares with the driver, and so do visual tokens; where the language half is on a GPU
 the worker writes them to that GPU's memory, from device to device. Only numbers of jobs go through the channel.
+Another worker takes the place of one that ends.
 """
 
 import logging
 import os
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +27,20 @@ from ..errors import VitrailError
 from ..layers.parallel import Part
 from ..quantization.config import QuantizationConfig
 from ..weights import load_model
+from .tile_jobs import Call, Tile, TileQueue, fail
 from .worker import Channel, Worker, end, open_shared, shared_bytes
 
 # Jobs that a worker has: one that it runs, and one that it finds there when it is done.
 DEPTH = 2
 # Tiles of one job: enough for the products of a small vision half to fill a GPU.
 TILES_PER_JOB = 8
+# Workers in a row that may end on a device, none with a tile encoded, before it gets no other; the second one starts at
+# once, every further one so much later than the one before.
+_MAX_DEATHS = 5
+_PAUSE_S = 1.0
+# How long one may take to start that takes the place of another.
+_START_S = 300.0
+_CLOSED = "the vision half is closed"
 
 _log = logging.getLogger("vitrail")
 
@@ -65,58 +73,25 @@ class _Plan:
 
 
 @dataclass(eq=False)
-class _Call:
-    """Tiles that were asked for together, and what has come of them so far."""
-
-    done: Callable[[Result], None]
-    num_tiles: int
-    tokens: dict[int, Tensor] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def put(self, index: int, arrived: Arrived) -> None:
-        """Take the tokens of one tile; those of the last one end the call."""
-        with self.lock:
-            self.tokens[index] = arrived.tokens
-            if len(self.tokens) < self.num_tiles:
-                return
-        parts = [self.tokens[place] for place in range(self.num_tiles)]
-        self.end(replace(arrived, tokens=parts[0] if len(parts) == 1 else torch.cat(parts)))
-
-    def end(self, result: Result) -> None:
-        """Hand over the result, unless an error was handed over before."""
-        with self.lock:
-            done, self.done = self.done, _nothing
-        try:
-            done(result)
-        except Exception:  # of whoever asked: the other calls need this thread
-            _log.exception("a call of the vision half could not be answered")
-
-
-def _nothing(_: Result) -> None:
-    pass
-
-
-@dataclass(eq=False)
-class _Tile:
-    """One tile that waits for its turn. alone: it shares no job; deaths: of workers that had it."""
-
-    pixels: Tensor
-    call: _Call
-    index: int
-    alone: bool = False
-    deaths: int = 0
-
-
-@dataclass(eq=False)
 class _Device:
-    """A worker, the memory that it shares, and its jobs by the slot of that memory."""
+    """A place for a worker: the memory that it shares, and its jobs by the slot of that memory.
 
-    worker: Worker
-    lane: str
+    fds: of the memory, which the next worker here inherits too. deaths: in a row, with no tile encoded in between.
+    """
+
+    number: int
+    plan: _Plan
     pixels: Tensor
     tokens: Tensor
-    jobs: dict[int, list[_Tile]] = field(default_factory=dict)
+    fds: tuple[int, ...]
+    worker: Worker = field(init=False)
+    jobs: dict[int, list[Tile]] = field(default_factory=dict)
     free: list[int] = field(default_factory=lambda: list(range(DEPTH)))
+    deaths: int = 0
+
+    @property
+    def lane(self) -> str:
+        return f"vision half {self.number + 1}"
 
     @property
     def num_tiles(self) -> int:
@@ -127,7 +102,8 @@ class VisionPool:
     """`VisionWorkers` over processes: each device of `devices` has a vision half of its own.
 
     dtype: of the weights and of the tokens; out_device: where those go. exact: tiles are encoded one by one. threads:
-    of torch in each process. Returns when all are ready; raises what a worker failed with.
+    of torch in each process. Returns when all are ready; raises what a worker failed with. Later on another process
+    takes the place of one that ends.
     """
 
     def __init__(
@@ -147,40 +123,44 @@ class VisionPool:
         self.capacity = DEPTH * tiles_per_job * len(devices)
         self._out = torch.device(out_device)
         self._lock = threading.Lock()
-        self._queue: deque[_Tile] = deque()
-        self._closed = False
+        self._queue = TileQueue()
+        self._ending = threading.Event()
         self._why = ""  # the end of the last worker
-        self._num_jobs = self._num_tiles = self._num_dead = 0
+        self._num_jobs = self._num_tiles = self._num_deaths = 0
         plan = _Plan(folder, config, dtype, quantization, exact, enforce_eager, threads, tiles_per_job)
-        self._devices: list[_Device] = []
+        places = [self._place(replace(plan, device=str(device)), number) for number, device in enumerate(devices)]
+        started: list[Worker] = []
         try:
-            for number, device in enumerate(devices):
-                self._devices.append(self._start(replace(plan, device=str(device), quiet=number > 0), number))
-            for one in self._devices:
-                one.worker.ready()
+            started.extend(self._start(place, quiet=place.number > 0) for place in places)
+            for worker in started:
+                worker.ready()
         except BaseException:
-            end(one.worker for one in self._devices)
+            end(started)
+            _close_memory(places)
             raise
-        self._workers = [one.worker for one in self._devices]
+        self._places = tuple(places)
+        self._devices = places[:]  # those that have a worker, or will have one again
+        self._ready = places[:]  # those that have one
         self._readers = [
-            threading.Thread(target=self._read, args=(one,), name=f"vitrail-{one.lane}", daemon=True)
-            for one in self._devices
+            threading.Thread(target=self._run, args=(place,), name=f"vitrail-{place.lane}", daemon=True)
+            for place in places
         ]
         for reader in self._readers:
             reader.start()
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that are alive."""
-        return [one.worker.pid for one in self._devices]
+        """Of the processes that are ready."""
+        with self._lock:
+            return [one.worker.pid for one in self._ready]
 
     def encode(self, tiles: Tensor, done: Callable[[Result], None]) -> None:
         """As `VisionWorkers` has it; never blocks, however many are in flight."""
-        call = _Call(done, len(tiles))
+        call = Call(done, len(tiles))
         with self._lock:
             error = self._error()
             if error is None:
-                self._queue.extend(_Tile(pixels, call, index) for index, pixels in enumerate(tiles))
+                self._queue.add(call, tiles)
                 self._dispatch()
         if error is not None:
             call.end(error)
@@ -189,37 +169,41 @@ class VisionPool:
         """Counts since the start."""
         with self._lock:
             return {
-                "workers": len(self._readers),
-                "alive": len(self._devices),
+                "workers": len(self._places),
+                "alive": len(self._ready),
                 "waiting": len(self._queue),
                 "jobs": self._num_jobs,
                 "tiles": self._num_tiles,
+                "deaths": self._num_deaths,
             }
 
     def close(self) -> None:
         """End the processes; whoever waits for tiles is told so."""
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if closed:
-            return
-        end(self._workers)
+        with self._lock:  # not while one is being started
+            if self._ending.is_set():
+                return
+            self._ending.set()
+        end(place.worker for place in self._places)
         for reader in self._readers:
             if reader is not threading.current_thread():
                 reader.join()
         with self._lock:
-            tiles, self._queue = [*self._queue], deque()
-        self._fail(tiles)
+            tiles = self._queue.clear()
+        fail(tiles, VitrailError(_CLOSED))
+        _close_memory(self._places)
 
     # --- who does what; for who has the lock ---
 
     def _dispatch(self) -> None:
-        """Give every free slot a job, that of the least busy worker first, as long as there are tiles."""
-        while self._queue:
-            free = [one for one in self._devices if one.free]
+        """Give free slots jobs, those of the least busy worker first, as long as there are tiles."""
+        share = self._queue.share(len(self._ready)) if self._ready else 0
+        while len(self._queue):
+            free = [one for one in self._ready if one.free]
             if not free:
                 return
             device = min(free, key=lambda one: one.num_tiles)
-            job, slot = self._next_job(device.pixels.shape[1]), device.free.pop()
+            job = self._queue.next_job(min(share, device.pixels.shape[1]))
+            slot = device.free.pop()
             for place, tile in enumerate(job):
                 device.pixels[slot, place].copy_(tile.pixels)
             device.jobs[slot] = job
@@ -227,39 +211,54 @@ class VisionPool:
             with suppress(OSError):  # it has ended, as its reader will find out
                 device.worker.channel.send((slot, len(job)))
 
-    def _next_job(self, most: int) -> list[_Tile]:
-        """The first tiles that wait, as many as leave every worker its share."""
-        share = min(most, -(-len(self._queue) // len(self._devices)))
-        job = [self._queue.popleft()]
-        while len(job) < share and not job[0].alone and not self._queue[0].alone:
-            job.append(self._queue.popleft())
-        return job
-
     def _error(self) -> VitrailError | None:
-        if self._closed:
-            return VitrailError("the vision half is closed")
+        if self._ending.is_set():
+            return VitrailError(_CLOSED)
         return None if self._devices else VitrailError(f"the vision half is gone: {self._why}")
 
-    # --- what comes back; on the reader of a device ---
+    # --- a device, on a thread of its own ---
 
-    def _read(self, device: _Device) -> None:
+    def _run(self, device: _Device) -> None:
+        """What the workers of a device answer, one after the other."""
+        why = self._read(device)
+        while self._lose(device, why):
+            try:
+                with self._lock:
+                    if self._ending.is_set():
+                        return
+                    worker = self._start(device, quiet=True)
+                worker.ready(_START_S)
+            except (VitrailError, OSError) as error:
+                why = str(error)
+            else:
+                with self._lock:
+                    self._ready.append(device)
+                    self._dispatch()
+                why = self._read(device)
+
+    def _read(self, device: _Device) -> str:
+        """What a worker answers until it ends; returns how it did."""
         stream = torch.cuda.Stream(self._out) if self._out.type == "cuda" else None
+        words = ""
         while True:
             try:
-                slot, answer = device.worker.channel.recv()
+                message = device.worker.channel.recv()
             except EOFError:
-                break
+                return f"{device.worker.name} {device.worker.describe_end()}{words}"
+            if isinstance(message, VitrailError):
+                words = f" ({message})"
+                continue
+            slot, answer = message
             job = device.jobs[slot]
             failed = isinstance(answer, VitrailError)
             tokens = [] if failed else _copied(device.tokens[slot, : len(job)], stream)
             with self._lock:
                 del device.jobs[slot]
                 device.free.append(slot)
-                if failed and len(job) > 1:  # whose fault it is will be seen
-                    for tile in reversed(job):
-                        tile.alone = True
-                        self._queue.appendleft(tile)
+                if failed and len(job) > 1:
+                    self._queue.put_back(job, alone=True)
                 elif not failed:
+                    device.deaths = 0
                     self._num_tiles += len(job)
                 self._dispatch()
             if not failed:
@@ -267,56 +266,64 @@ class VisionPool:
                 for tile, part in zip(job, tokens, strict=True):
                     tile.call.put(tile.index, Arrived(part, began, ended, projector_ms, device.lane, len(job)))
             elif len(job) == 1:
-                job[0].call.end(answer)
-        self._lose(device)
+                fail(job, answer)
 
-    def _lose(self, device: _Device) -> None:
-        """A worker is gone: others take its tiles, but none that has ended two of them."""
+    def _lose(self, device: _Device, why: str) -> bool:
+        """A worker is gone, or could not start: its tiles go to whoever is there next. Waits until it is time to start
+        another; returns whether to.
+        """
+        device.worker.close()  # one that only seems to be gone must not write to memory that others get
         with self._lock:
-            self._devices.remove(device)
-        why = f"{device.worker.name} {device.worker.describe_end()}"
-        with self._lock:
-            jobs = list(device.jobs.values())
-            for tile in jobs[0] if jobs else ():  # what it was at; the next job only lay there
-                tile.alone, tile.deaths = True, tile.deaths + 1
-            lost = [tile for job in jobs for tile in job]
-            ended = [tile for tile in lost if tile.deaths > 1]
-            self._queue.extendleft(tile for tile in reversed(lost) if tile.deaths < 2)
-            if not self._closed:
+            if device in self._ready:
+                self._ready.remove(device)
+            now, *later = device.jobs.values() or ([],)
+            for job in reversed(later):  # which only lay there
+                self._queue.put_back(job)
+            lost = self._queue.put_back_after_death(now)
+            device.jobs.clear()
+            device.free = list(range(DEPTH))
+            if not self._ending.is_set():
+                device.deaths += 1
+                self._num_deaths += 1
+                if device.deaths == _MAX_DEATHS:
+                    why = f"{why}, the last of {_MAX_DEATHS} in a row that encoded nothing"
+                    self._devices.remove(device)
                 self._why = why
-                _log.warning("%s; %d of %d are left", why, len(self._devices), len(self._readers))
-            if self._error() is not None:
-                ended += self._queue
-                self._queue.clear()
+                _log.warning("%s; %d of %d are left", why, len(self._ready), len(self._places))
+            error = self._error()
+            if error is not None:
+                lost += self._queue.clear()
             else:
                 self._dispatch()
-        self._fail(ended, why)
-
-    def _fail(self, tiles: Sequence[_Tile], why: str = "") -> None:
-        error = self._error() or VitrailError(f"the vision half failed: {why}")
-        for tile in tiles:
-            tile.call.end(error)
+        fail(lost, error or VitrailError(f"the vision half failed: {why}"))
+        return device in self._devices and not self._ending.wait(_PAUSE_S * (device.deaths - 1))
 
     # --- the processes ---
 
-    def _start(self, plan: _Plan, number: int) -> _Device:
+    def _place(self, plan: _Plan, number: int) -> _Device:
+        """The memory of a device and its workers."""
         pixels_fd, pixels = _shared(plan.pixels_shape, torch.uint8)
-        fds = [pixels_fd]
         if self._out.type == "cuda":
             tokens = torch.empty(plan.tokens_shape, dtype=plan.dtype, device=self._out)
-            plan = replace(plan, pixels=pixels_fd, tokens=reduce_tensor(tokens))
-        else:
-            tokens_fd, tokens = _shared(plan.tokens_shape, plan.dtype)
-            fds.append(tokens_fd)
-            plan = replace(plan, pixels=pixels_fd, tokens=tokens_fd)
+            return _Device(number, replace(plan, pixels=pixels_fd), pixels, tokens, (pixels_fd,))
+        tokens_fd, tokens = _shared(plan.tokens_shape, plan.dtype)
+        plan = replace(plan, pixels=pixels_fd, tokens=tokens_fd)
+        return _Device(number, plan, pixels, tokens, (pixels_fd, tokens_fd))
+
+    def _start(self, device: _Device, *, quiet: bool) -> Worker:
+        plan = replace(device.plan, quiet=quiet)
+        if self._out.type == "cuda":
+            plan = replace(plan, tokens=reduce_tensor(device.tokens))
         env = {} if plan.threads is None else {"OMP_NUM_THREADS": str(plan.threads)}
-        name = f"vision worker {number} on {plan.device}"
-        try:
-            worker = Worker(name, run_worker, plan, fds=fds, env=env)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        return _Device(worker, f"vision half {number + 1}", pixels, tokens)
+        name = f"vision worker {device.number} on {plan.device}"
+        device.worker = Worker(name, run_worker, plan, fds=device.fds, env=env)
+        return device.worker
+
+
+def _close_memory(devices: Iterable[_Device]) -> None:
+    for device in devices:
+        for fd in device.fds:
+            os.close(fd)
 
 
 def _copied(tokens: Tensor, stream: torch.cuda.Stream | None) -> list[Tensor]:
@@ -379,6 +386,8 @@ def run_worker(channel: Channel, plan: _Plan) -> None:
         slot, count = channel.recv()
         try:
             answer: object = _encode(runner, pixels[slot, :count], tokens[slot, :count])
+        except torch.AcceleratorError:  # of a device that does nothing more for this process; perhaps for another one
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())
             answer = VitrailError(f"the vision half failed: {type(error).__name__}: {reason}")

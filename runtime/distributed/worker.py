@@ -25,6 +25,7 @@ from ..errors import VitrailError
 
 # How long a worker may take to end by itself once it is asked to.
 _END_S = 5.0
+_LOOK_MS = 1000
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(int(sys.argv[2]))"
 _GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
@@ -51,13 +52,17 @@ class Channel:
 
     def poll(self, seconds: float | None = 0.0) -> bool:
         """Whether an object, or the end, comes within some seconds; None waits for ever."""
-        return self._connection.poll(seconds)
+        try:
+            return self._connection.poll(seconds)
+        except OSError:  # it was closed here
+            return True
 
     def fileno(self) -> int:
         return self._connection.fileno()
 
     def close(self) -> None:
-        self._connection.close()
+        with self._sending:  # another thread may close it too
+            self._connection.close()
 
 
 class Worker:
@@ -151,14 +156,19 @@ def end(workers: Iterable[Worker]) -> None:
 
 
 class Watch:
-    """Calls `on_death(worker)` on a thread of its own, once for each worker that ends without having been asked to."""
+    """Calls `on_death(worker)` on a thread of its own, once for each worker that ends without having been asked to.
 
-    def __init__(self, workers: Sequence[Worker], on_death: Callable[[Worker], None]) -> None:
+    look: is called there too, about once a second.
+    """
+
+    def __init__(
+        self, workers: Sequence[Worker], on_death: Callable[[Worker], None], look: Callable[[], None] | None = None
+    ) -> None:
         self._poll = select.poll()
         self._workers = {worker.channel.fileno(): worker for worker in workers}
         for fd in self._workers:
             self._poll.register(fd, _GONE)
-        self._on_death = on_death
+        self._on_death, self._look = on_death, look
         self._ours, self._theirs = socket.socketpair()
         self._poll.register(self._theirs.fileno(), select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="vitrail-watch", daemon=True)
@@ -174,13 +184,15 @@ class Watch:
     def _run(self) -> None:
         with self._ours, self._theirs:
             while True:
-                for fd, _ in self._poll.poll():
+                for fd, _ in self._poll.poll(None if self._look is None else _LOOK_MS):
                     if fd == self._theirs.fileno():
                         return
                     self._poll.unregister(fd)
                     worker = self._workers.pop(fd)
                     if not worker.closing:
                         self._on_death(worker)
+                if self._look is not None:
+                    self._look()
 
 
 def shared_bytes(num_bytes: int) -> tuple[int, mmap.mmap]:
@@ -200,7 +212,9 @@ def open_shared(fd: int, num_bytes: int) -> mmap.mmap:
 
 def main(fd: int) -> None:
     """Run what the driver asks for until it ends, or the driver does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the driver gets it too, and decides
+    # A terminal, or a manager of services, sends them to the driver as well, which decides when it is over.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     channel = Channel(fd)
     threading.Thread(target=_end_with_driver, args=(fd,), daemon=True).start()
     try:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.kv_cache import KVBatch, KVCache
+from .upload import Upload, carve, packed_size
 
 # Tiles of a vision graph with the share of the GPU that its matrix products keep busy on an H200 with 128x128 output
 # tiles: what is lost is the last, incomplete wave of thread blocks.
@@ -113,39 +115,41 @@ class DecodeGraphs:
         sizes: tuple[int, ...] | None = None,
     ) -> None:
         self.sizes = sizes or (*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs)
+        self._max_blocks = max_blocks
         device = cache.keys.device
-        self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._upload = Upload(device)
+        nobody = torch.zeros(0, dtype=torch.int64)
+        no_batch = KVBatch(cache, nobody, nobody.int()[:, None], nobody.int(), nobody.int(), max_seqlen_q=1)
+        # What graphs read, packed for the size of each, and the frequencies, which are on the device already.
+        self._inputs = torch.zeros(packed_size(self._padded(max_num_seqs, nobody, nobody, no_batch)), dtype=torch.uint8)
+        self._inputs = self._inputs.to(device)
         self._inv_freq = torch.zeros(max_num_seqs, rotary_dim // 2, device=device)
-        self._slot_mapping = torch.full((max_num_seqs,), -1, dtype=torch.int64, device=device)
-        self._block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
-        self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         cu_seqlens_q = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
 
         def capture_size(n: int) -> Replay:
-            kv = KVBatch(
-                cache,
-                self._slot_mapping[:n],
-                self._block_tables[:n],
-                cu_seqlens_q[: n + 1],
-                self._context_lens[:n],
-                max_seqlen_q=1,
-            )
-            return capture(lambda: step(self._token_ids[:n], self._positions[:n], self._inv_freq[:n], kv))
+            padding = self._padded(n, nobody, nobody, no_batch)
+            self._upload(padding, into=self._inputs)
+            token_ids, positions, slots, contexts, tables = carve(self._inputs, padding)
+            kv = KVBatch(cache, slots, tables, cu_seqlens_q[: n + 1], contexts, max_seqlen_q=1)
+            return capture(lambda: step(token_ids, positions, self._inv_freq[:n], kv))
 
         self._replays = {size: capture_size(size) for size in reversed(self.sizes)}
 
+    def _padded(self, size: int, token_ids: Tensor, positions: Tensor, kv: KVBatch) -> list[Tensor]:
+        """What a graph of `size` sequences reads, and its sequences behind the given ones."""
+        rows = (0, size - len(token_ids))
+        return [
+            F.pad(token_ids, rows),
+            F.pad(positions, rows),
+            F.pad(kv.slot_mapping, rows, value=-1),
+            F.pad(kv.context_lens, rows),
+            F.pad(kv.block_tables, (0, self._max_blocks - kv.block_tables.shape[1], *rows)),
+        ]
+
     def __call__(self, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, kv: KVBatch) -> Tensor:
-        """Logits (n, vocab) of one step, valid until the next replay."""
-        count = token_ids.shape[0]
+        """Logits (n, vocab) of one step, valid until the next replay. All but `inv_freq` is on the CPU."""
+        count = len(token_ids)
         size = self.sizes[bisect_left(self.sizes, count)]
-        self._token_ids[:count].copy_(token_ids, non_blocking=True)
-        self._positions[:count].copy_(positions, non_blocking=True)
+        self._upload(self._padded(size, token_ids, positions, kv), into=self._inputs)
         self._inv_freq[:count].copy_(inv_freq, non_blocking=True)
-        self._slot_mapping[:count].copy_(kv.slot_mapping, non_blocking=True)
-        self._block_tables[:count, : kv.block_tables.shape[1]].copy_(kv.block_tables, non_blocking=True)
-        self._context_lens[:count].copy_(kv.context_lens, non_blocking=True)
-        # What an earlier, larger batch left behind the sequences of this one.
-        self._slot_mapping[count:size].fill_(-1)
-        self._context_lens[count:size].zero_()
         return self._replays[size]()[:count]

@@ -16,6 +16,7 @@ from ..errors import VitrailError
 from ..layers.kv_cache import KVBatch, KVCache
 from ..models.internvl import InternVLModel
 from .graphs import TILE_COUNTS, Capture, CudaCapture, DecodeGraphs, VisionGraphs
+from .upload import Upload, carve
 
 # Tiles in one pass of the vision half: enough to fill the matrix products, few enough to bound its activations.
 TILES_PER_BATCH = 16
@@ -91,6 +92,9 @@ class Runner:
         self.capture = CudaCapture(self.device) if self._graphed else None
         self.vision_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.cache: KVCache | None = None
+        # What a GPU is to read in a step is laid out on the host, for a cache without blocks, and sent as a whole.
+        self._upload = Upload(self.device) if self.device.type == "cuda" else None
+        self._layout: KVCache | None = None
         self._vision: VisionGraphs | None = None
         self._decode: DecodeGraphs | None = None
         self._last_encoded: torch.cuda.Event | None = None
@@ -123,7 +127,8 @@ class Runner:
         if self._vision is not None:
             return torch.cat([self._vision(part) for part in tiles.split(max(self._vision.counts))])
         most = 1 if self.exact else TILES_PER_BATCH
-        return torch.cat([self.model.encode_tiles(part.to(self.device)) for part in tiles.split(most)])
+        parts = (part.to(self.device, non_blocking=True) for part in tiles.split(most))
+        return torch.cat([self.model.encode_tiles(part) for part in parts])
 
     @torch.inference_mode()
     def encode_beside(self, tiles: Tensor) -> Encoded:
@@ -177,6 +182,9 @@ class Runner:
     @torch.inference_mode()
     def _install(self, grown: KVCache) -> None:
         self.cache, self._decode = grown, None  # graphs read and write the cache that they were captured with
+        if self._upload is not None:
+            share = self.model.language_model.share
+            self._layout = KVCache(share, 0, grown.block_size, dtype=self.cache_dtype, device=torch.device("cpu"))
         capture: Capture | None = self.capture
         if capture is None and self.exact:
             capture = _run_again
@@ -218,36 +226,50 @@ class Runner:
         if self._last_encoded is not None:
             torch.cuda.current_stream(self.device).wait_event(self._last_encoded)
 
+    def _laid_out(
+        self, tables: Sequence[Sequence[int]], context_lens: Sequence[int], counts: Sequence[int]
+    ) -> tuple[KVBatch, torch.device]:
+        """A batch for `_sent`, and the device that it and what goes with it are made on."""
+        cache = self._layout or self.cache
+        assert cache is not None
+        return KVBatch.of(cache, tables, context_lens, counts), cache.keys.device
+
+    def _sent(self, kv: KVBatch, *others: Tensor) -> tuple[KVBatch, Sequence[Tensor]]:
+        """A batch and other tensors where the model is: on a GPU by one copy."""
+        if self._upload is None:
+            return kv, others
+        assert self.cache is not None
+        tensors = (kv.slot_mapping, kv.block_tables, kv.cu_seqlens_q, kv.context_lens, *others)
+        slots, tables, borders, contexts, *there = carve(self._upload(tensors), tensors)
+        return KVBatch(self.cache, slots, tables, borders, contexts, kv.max_seqlen_q), there
+
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Run the new tokens of all rows in one pass. Returns the logits (rows, vocab) of the last token of each."""
-        assert self.cache is not None
         counts = [len(row.token_ids) for row in rows]
-        kv = KVBatch.of(self.cache, [row.table for row in rows], [row.context for row in rows], counts)
+        starts = [0, *accumulate(counts)]
+        kv, device = self._laid_out([row.table for row in rows], [row.context for row in rows], counts)
+        ids = [token for row in rows for token in row.token_ids]
+        places = [
+            place for row, count in zip(rows, counts, strict=True) for place in range(row.context - count, row.context)
+        ]
+        by_row = [counts, [end - 1 for end in starts[1:]]] if len(rows) > 1 else []
+        kv, (token_ids, positions, *of_rows) = self._sent(
+            kv, *(torch.tensor(values, device=device) for values in (ids, places, *by_row))
+        )
         decoder = self.model.language_model
         if any(row.visual for row in rows):
             self.await_encoded()
-        starts = [0, *accumulate(counts)]
         visual = [
             (first + place, tokens) for row, first in zip(rows, starts, strict=False) for place, tokens in row.visual
         ]
-        token_ids = torch.tensor([token for row in rows for token in row.token_ids], device=self.device)
         x = decoder.embed(token_ids, visual)
-        positions = torch.tensor(
-            [
-                position
-                for row, count in zip(rows, counts, strict=True)
-                for position in range(row.context - count, row.context)
-            ],
-            device=self.device,
-        )
-        inv_freq = rows[0].inv_freq
-        if len(rows) > 1:
-            repeats = torch.tensor(counts, device=self.device)
-            stacked = torch.stack([row.inv_freq for row in rows])
-            inv_freq = stacked.repeat_interleave(repeats, dim=0, output_size=sum(counts))
-        hidden = decoder(x, positions, inv_freq, kv)
-        return decoder.logits(hidden[-1:] if len(rows) == 1 else hidden[kv.cu_seqlens_q[1:].long() - 1])
+        if not of_rows:
+            return decoder.logits(decoder(x, positions, rows[0].inv_freq, kv)[-1:])
+        repeats, last = of_rows
+        stacked = torch.stack([row.inv_freq for row in rows])
+        inv_freq = stacked.repeat_interleave(repeats, dim=0, output_size=len(ids))
+        return decoder.logits(decoder(x, positions, inv_freq, kv)[last])
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -282,11 +304,12 @@ class Runner:
         inv_freq: Tensor,
         tables: Sequence[Sequence[int]],
     ) -> Tensor:
-        assert self.cache is not None
-        kv = KVBatch.of(self.cache, tables, context_lens, [1] * len(token_ids))
-        ids = torch.tensor(token_ids, device=self.device)
-        run = self._decode if self._decode is not None and len(token_ids) <= self._decode.sizes[-1] else self._step
-        return run(ids, kv.context_lens.long() - 1, inv_freq, kv)
+        kv, device = self._laid_out(tables, context_lens, [1] * len(token_ids))
+        ids, positions = torch.tensor(token_ids, device=device), kv.context_lens.long() - 1
+        if self._decode is not None and len(token_ids) <= self._decode.sizes[-1]:
+            return self._decode(ids, positions, inv_freq, kv)
+        kv, (ids, positions) = self._sent(kv, ids, positions)
+        return self._step(ids, positions, inv_freq, kv)
 
     def _step(self, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, kv: KVBatch) -> Tensor:
         decoder = self.model.language_model

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +129,7 @@ class KVBatch:
         return cls(
             cache,
             torch.tensor(slots, device=device),
-            torch.tensor(tables, dtype=torch.int32, device=device),
+            torch.from_numpy(np.array(tables, dtype=np.int32)).to(device),  # a third of the time where there are many
             torch.tensor([0, *accumulate(num_new_tokens)], dtype=torch.int32, device=device),
             torch.tensor(context_lens, dtype=torch.int32, device=device),
             max(num_new_tokens),

@@ -5,7 +5,6 @@ of all requests. Here each request is a `RequestRecord` that follows the one in 
 """
 
 import pickle
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -280,7 +279,6 @@ class EngineProcess:
 
 def run_engine(channel: Channel, settings: Settings) -> None:
     """What the process runs: load, then do what the server asks for until that ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a manager of services sends it to all; the server drains first
     configure(settings.log_level)
     runtime = Runtime.from_pretrained(settings.model, **settings.runtime_options())
     engine, processor = runtime.engine, runtime.processor

@@ -7,13 +7,13 @@ a folder that is deleted at the end.
 import logging
 import os
 import secrets
-import tempfile
 import threading
 from typing import Any
 
 import torch
 
 from ..config import load_any_config
+from ..distributed.ray_folder import ray_folder
 from ..errors import ConfigError, UnsupportedError, VitrailError
 from ..weights import resolve_checkpoint
 from .front import Front
@@ -51,8 +51,7 @@ def run(settings: Settings) -> int:
     listener = listen(settings)
     replicas = RayReplicas()
     front = Front(replicas, settings)
-    # Not in TMPDIR, which may be long: the names of sockets may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="vitrail-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with ray_folder() as folder:
         cluster = _Cluster(application, front, replicas, folder)
         cluster.start()
         try:

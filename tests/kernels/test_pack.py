@@ -248,6 +248,26 @@ def test_a_launch_the_pack_does_not_have_is_left_to_triton(driver, folder, monke
         launch(*args, **keywords)
 
 
+def test_without_a_pack_a_launch_is_not_even_described(driver, folder, monkeypatch) -> None:
+    x = torch.ones(8)
+    asked = []
+    monkeypatch.setattr(scale, "triton", {(3, 2): lambda *args, **keywords: asked.append((args, keywords))})
+    monkeypatch.setattr("vitrail.kernels.launch.triton.set_allocator", lambda allocate: None)
+    args, keywords = scale_launch(x, x, launch_pdl=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "of", lambda *args, **options: pytest.fail("a launch was described"))
+        launch(*args, **keywords)
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "launch_pdl": True}
+    assert asked == [(args[2:], {"BLOCK": 8, **options})]
+    # A pack that is written later serves the processes that begin after that.
+    pack.write_pack(folder, [compiled(scale_recorded(x, x, launch_pdl=True))], "3.9.0")
+    launch(*args, **keywords)
+    assert driver.launched == []
+    forget(monkeypatch)
+    launch(*args, **keywords)
+    assert len(driver.launched) == 1
+
+
 def test_what_differs_for_the_compiler_has_a_key_of_its_own(folder) -> None:
     x, odd = torch.ones(8), torch.ones(9)[1:]
     keys = {

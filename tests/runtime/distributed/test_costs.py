@@ -121,6 +121,7 @@ def test_a_curve_is_straight_between_its_points_and_goes_on_beyond_them() -> Non
     curve = Curve((1, 4, 8), (10, 13, 21))
     assert [curve(count) for count in (0.5, 1, 2, 4, 6, 8, 10)] == [10, 10, 11, 13, 17, 21, 25]
     assert [Curve((4,), (8,))(count) for count in (1, 4, 6)] == [8, 8, 12]
+    assert [Curve((0, 4), (8, 16))(count) for count in (0, 1, 6)] == [8, 10, 20]
 
 
 def table(**changes):
@@ -134,7 +135,7 @@ def table(**changes):
         {"stage": "kv", "ms": 0.01},
         {"stage": "pair", "ms": 1e-5},
         {"stage": "prompt", "ms": 2.0},
-        {"stage": "wake", "ms": 7.0},
+        *({"stage": "wake", "tiles": n, "ms": 7.0 + 2 * n} for n in (0, 4)),
     ]
     label = {"model": "tiny", "quantization": None, "vision_quantization": None}
     return {"rows": [{**label, **row, **changes} for row in rows]}
@@ -158,7 +159,8 @@ def test_a_table_of_measured_costs_is_read(tmp_path) -> None:
     assert [costs.beside_ms(8, 800, prompt) for prompt in (10, 64, 288, 512)] == [4, 4, 6, 8]
     assert costs.beside_ms(8, 900, 64) == pytest.approx(5)
     assert costs.beside_ms(0, 0, 512) == 0
-    assert TensorParallel(costs, SIZES, find_gpu("h200"), 2).wake_ms == costs.wake_ms == 7
+    assert [costs.wake_ms(tiles) for tiles in (0, 2, 4, 40)] == [7, 11, 15, 15]
+    assert TensorParallel(costs, SIZES, find_gpu("h200"), 2).wake_ms(3) == costs.wake_ms(2)
     assert read_measured(file, "other", BF16) is None
     assert read_measured(file, "tiny", INT8) is None
 

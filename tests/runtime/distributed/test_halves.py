@@ -1,7 +1,5 @@
 """`Runtime.from_pretrained` over several devices: the same answers, and nothing left when it is closed."""
 
-import os
-
 import pytest
 import torch
 
@@ -10,15 +8,10 @@ from vitrail.runtime.engine.replicas import Replicas
 from vitrail.runtime.errors import ConfigError, UnsupportedError
 
 from ..tiny_model import assert_same_answer, picture
+from .processes import children
 
 QUESTIONS = ["What is the total?", "What is on the sign?", "Which bar is the highest?", "How many shapes are there?"]
 IMAGES = [[picture(300, 200, number)] for number in range(3)] + [[]]
-
-
-def children() -> set[int]:
-    """Processes of this one's own that have not ended."""
-    with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children", encoding="ascii") as file:
-        return set(map(int, file.read().split()))
 
 
 @pytest.fixture(scope="module")

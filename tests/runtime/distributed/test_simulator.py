@@ -43,7 +43,7 @@ class Flat:
     token: float = 0.1
     step: float = 10.0
     beside: float = 1.0
-    wake_ms: float = 0.0
+    wake: float = 0.0
 
     def vision_ms(self, tiles):
         return self.tile * tiles
@@ -56,6 +56,9 @@ class Flat:
 
     def beside_ms(self, rows, tokens, prompt):
         return self.beside * bool(rows)
+
+    def wake_ms(self, tiles):
+        return self.wake * (1 + tiles)
 
 
 def group(costs=None, rows=8, num_blocks=200, tiles_in_flight=None):
@@ -83,9 +86,14 @@ def test_one_request_takes_what_its_stages_take() -> None:
 
 def test_a_step_after_a_wait_takes_longer_and_those_who_come_together_share_it() -> None:
     requests = [arrival(number, Kind(0, 40, 2), 256, came=came) for number, came in enumerate((5.0, 5.0, 900.0))]
-    run(requests, group(Flat(wake_ms=3.0)))
+    requests.append(arrival(3, Kind(2, 40, 2), 100, came=2000.0))
+    run(requests, group(Flat(wake=3.0)))
     assert requests[0].times == requests[1].times == pytest.approx([5 + 3 + 8, 5 + 3 + 8 + 10])
     assert requests[2].times == pytest.approx([900 + 3 + 4, 900 + 3 + 4 + 10])
+    assert requests[3].times == pytest.approx([2000 + 9 + 10 + 24, 2000 + 9 + 10 + 24 + 10])
+    text, picture = arrival(0, Kind(0, 40, 2), 100, came=0.0), arrival(1, Kind(2, 40, 2), 100, came=0.0)
+    run([text, picture], group(Flat(wake=3.0), tiles_in_flight=4), encoders=1)
+    assert text.times[0] == pytest.approx(3 + 4)  # the tiles are an encoder's
 
 
 def test_answers_go_on_beside_a_prompt_and_wait_no_longer_than_a_bounded_step() -> None:

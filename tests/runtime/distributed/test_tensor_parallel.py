@@ -16,9 +16,10 @@ import torch
 
 from vitrail.runtime.api import Runtime
 from vitrail.runtime.config import load_config
+from vitrail.runtime.distributed import ranks as ranks_module
 from vitrail.runtime.distributed import tensor_parallel
 from vitrail.runtime.distributed.halves import Halves
-from vitrail.runtime.distributed.tensor_parallel import Ranks
+from vitrail.runtime.distributed.ranks import Ranks
 from vitrail.runtime.errors import CapacityError, CheckpointError, ConfigError, VitrailError
 from vitrail.runtime.quantization.config import QuantizationConfig
 from vitrail.runtime.request import GenerationOutput
@@ -310,13 +311,27 @@ def test_an_error_that_the_others_cannot_know_of_is_the_end_of_all(
     assert is_gone(rounded.workers[0].pid)
 
 
+def test_a_rank_that_hangs_in_a_step_is_the_end_of_all() -> None:
+    ranks = start(2)
+    with over(ranks) as runtime:
+        runtime.generate("Is there anybody?", max_new_tokens=2)
+        time.sleep(2.5)
+        assert ranks.failure is None, "between steps nothing is due"
+        ranks.max_step_s = 1.0
+        os.kill(ranks.workers[0].pid, signal.SIGSTOP)
+        with pytest.raises(VitrailError, match="a step took more than 1 s: rank 1 of the language half may hang"):
+            runtime.generate("Is there anybody?", max_new_tokens=2)
+    assert is_gone(ranks.workers[0].pid)
+    ranks.close()
+
+
 @pytest.mark.slow(smoke=False)
 def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import time, torch\n"
         "from vitrail.runtime.config import load_config\n"
-        "from vitrail.runtime.distributed.tensor_parallel import Ranks\n"
+        "from vitrail.runtime.distributed.ranks import Ranks\n"
         "from vitrail.runtime.weights import NANO\n"
         "devices = [torch.device('cpu')] * 2\n"
         "ranks = Ranks(NANO, load_config(NANO), devices, dtype=torch.float32, threads=1, progress=False)\n"
@@ -345,12 +360,12 @@ def test_a_rank_that_cannot_load_says_why_itself(tmp_path: Path, monkeypatch: py
     def load(plan: Any, rank: int, groups: Any, progress: bool | None) -> None:
         """The driver loads nothing; the other rank looks into an empty folder."""
 
-    def worker(*arguments: Any, worker: Any = tensor_parallel.Worker, **keywords: Any) -> Any:
+    def worker(*arguments: Any, worker: Any = ranks_module.Worker, **keywords: Any) -> Any:
         workers.append(worker(*arguments, **keywords))
         return workers[-1]
 
-    monkeypatch.setattr(tensor_parallel, "_load", load)
-    monkeypatch.setattr(tensor_parallel, "Worker", worker)
+    monkeypatch.setattr(ranks_module, "_load", load)
+    monkeypatch.setattr(ranks_module, "Worker", worker)
     with pytest.raises(CheckpointError, match=rf"^{tmp_path}: no model.safetensors"):
         start(2, tmp_path)
     assert len(workers) == 1

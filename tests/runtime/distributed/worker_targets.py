@@ -1,8 +1,10 @@
 """What workers of the tests run: functions that another process can import."""
 
+import os
 import time
 
 import numpy as np
+import torch
 
 from vitrail.runtime.distributed.worker import open_shared
 from vitrail.runtime.errors import CheckpointError
@@ -26,3 +28,14 @@ def fail(_, kind):
 def hang(channel):
     channel.send("hanging")
     time.sleep(600)
+
+
+def load_namer():
+    """A vision half that says of each tile its first byte, with how many it came, and where it was encoded."""
+
+    def encode(tiles):
+        time.sleep(0.05)
+        rows = [[float(tile[0, 0, 0]), len(tiles), os.getpid()] for tile in tiles]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    return encode
