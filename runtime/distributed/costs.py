@@ -224,8 +224,8 @@ def measured_of(rows: Sequence[Mapping[str, Any]]) -> Measured:
             stages[row["stage"]].append(row)
         else:
             single[row["stage"]] = float(row["ms"])
-    for stage, found in stages.items():
-        if not found:
+    for stage in (*stages, "kv", "pair", "prompt"):
+        if not stages.get(stage) and stage not in single:
             raise ConfigError(f"no row of the stage {stage}")
     beside = stages.pop("beside")
     prompts = sorted({float(row["tokens"]) for row in beside})

@@ -120,7 +120,8 @@ def test_measured_costs_come_first_and_say_so(tmp_path: Path, monkeypatch: pytes
         {"stage": "beside", "tokens": 512, "rows": 32, "ms": 10.0, "context": 2048},
         {"stage": "kv", "ms": 1e-4},
         {"stage": "pair", "ms": 0.0},
-        {"stage": "wake", "tiles": 0, "ms": 0.0},
+        {"stage": "prompt", "ms": 0.5},
+        {"stage": "wake", "tiles": 0, "ms": 2.0},
     ]
     folder = tmp_path / GPUS["a100-80gb"].devices[0]
     folder.mkdir()

@@ -172,6 +172,7 @@ def test_a_table_of_measured_costs_is_read(tmp_path) -> None:
         ("[]", "not a table of costs"),
         ('{"rows": [{"stage": "vision"}]}', "not a table of costs"),
         (json.dumps({"rows": table()["rows"][2:]}), "no row of the stage vision"),
+        (json.dumps({"rows": [row for row in table()["rows"] if row["stage"] != "kv"]}), "no row of the stage kv"),
         (json.dumps(table(ms="fast")), "not a table of costs"),
     ],
 )
