@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import fields
 from itertools import count
 from queue import SimpleQueue
 from time import perf_counter, sleep
@@ -35,11 +36,9 @@ from .settings import Settings
 
 BEAT_S = 0.25  # how often the process says how it is
 ANSWER_S = 5.0  # for what is asked of it beside requests
-# What a record learns when its request has ended.
-_OUTCOME = (
-    *("preprocess_ms", "ahead", "admitted", "first_token", "finished", "image_decode_ms", "tile_ms", "transfer_ms"),
-    *("vision_ms", "projector_ms", "prefill_ms", "decode_ms", "num_cached_tokens", "error"),
-)
+# What a record learns when its request has ended: all that it has not known from the start, or been told of meanwhile.
+_KNOWN = {"request_id", "prepared", "config", "sequences", "submitted", "deltas", "loading"}
+_OUTCOME = [one.name for one in fields(RequestRecord) if one.name not in _KNOWN]
 
 
 class Loaded(NamedTuple):
@@ -81,34 +80,34 @@ def open_runtime(settings: Settings) -> Runtime:
     config = load_any_config(folder)
     if not isinstance(config, InternVLConfig):
         return Runtime.from_pretrained(settings.model, **settings.runtime_options())
-    engine = EngineProcess(settings)
+    worker = Worker("the engine's process", run_engine, settings)
     try:
         with torch.device("meta"):
             model = make_model(config, Part(vision=False))
-        loaded = engine.ready()
-        return Runtime(
-            model,
-            load_tokenizer(folder),
-            name=settings.model,
-            max_model_len=loaded.max_model_len,
-            limit_mm_per_prompt={"image": loaded.max_images},
-            image_limits=loaded.limits,
-            media=loaded.media,
-            load_ms=loaded.load_ms,
-            engine=cast(Engine, engine),  # as far as a server calls one
-        )
+        tokenizer = load_tokenizer(folder)
+        loaded: Loaded = worker.ready()
     except BaseException:
-        engine.close()
+        worker.close()
         raise
+    return Runtime(
+        model,
+        tokenizer,
+        name=settings.model,
+        max_model_len=loaded.max_model_len,
+        limit_mm_per_prompt={"image": loaded.max_images},
+        image_limits=loaded.limits,
+        media=loaded.media,
+        load_ms=loaded.load_ms,
+        engine=cast(Engine, EngineProcess(worker, loaded.context_token_id)),  # as far as a server calls one
+    )
 
 
 class EngineProcess:
-    """What a server calls of an `Engine`, in another process. Thread-safe."""
+    """What a server calls of an `Engine`, in the process of a worker that is ready. Thread-safe."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.worker = Worker("the engine's process", run_engine, settings)
+    def __init__(self, worker: Worker, context_token_id: int) -> None:
+        self.worker, self.context_token_id = worker, context_token_id
         self.failure: VitrailError | None = None
-        self.context_token_id = -1  # until it is ready
         self._beat = Beat()
         self._records: dict[str, RequestRecord] = {}
         self._notify: dict[str, Callable[[], None]] = {}
@@ -117,14 +116,8 @@ class EngineProcess:
         self._lock = threading.Lock()  # of what is asked against the end of the process
         # A large request takes its time to be sent, for which the event loop that aborts another must not wait.
         self._outbox: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
-
-    def ready(self) -> Loaded:
-        """Wait until the model is loaded. Raises what loading raises."""
-        loaded: Loaded = self.worker.ready()
-        self.context_token_id = loaded.context_token_id
         for work in (self._read, self._write):
             threading.Thread(target=work, name="vitrail-engine-channel", daemon=True).start()
-        return loaded
 
     def submit(
         self, request_id: str, prepared: Prepared, config: GenerationConfig, preprocess_ms: float = 0.0
